@@ -1,0 +1,1 @@
+"""Scaled dot-product attention, fused: the scores never reach memory."""

@@ -1,0 +1,1 @@
+"""Matrix multiplication with its epilogue inside: `activation(a @ b + bias) + residual`."""

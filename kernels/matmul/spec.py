@@ -1,0 +1,38 @@
+"""The options and shape rules of matmul, the same for every implementation.
+
+Kernels see the canonical form, one leading batch on every array: a `[batch, m, k]`, b `[batch, k, n]`, bias
+`[batch, n]` or None, residual `[batch, m, n]` or None; out `[batch, m, n]`, preactivation the same or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+INPUTS = ("a", "b", "bias", "residual")
+OUTPUTS = ("out", "preactivation")
+ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+@dataclass(frozen=True)
+class MatmulSpec:
+    """Facts of the arrays that a kernel is built for, then the options of the call.
+
+    Attributes:
+        dtype: of a, b, bias and residual: "float32", "float16" or "bfloat16" (NumPy also "float64").
+        out_dtype: of the result; the sum is float32 whatever it is.
+        activation: None or one of `ACTIVATIONS`, applied to `a @ b + bias` in float32.
+        save_preactivation: also write `a @ b + bias` in `dtype`, which the backward of an activation reads.
+    """
+
+    dtype: str
+    out_dtype: str
+    activation: str | None = None
+    save_preactivation: bool = False
+
+
+def output_shapes(spec: MatmulSpec, a: Any, b: Any, bias: Any, residual: Any) -> Sequence[Any]:
+    """(shape, dtype) of out, and of the preactivation or None."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    return (shape, spec.out_dtype), ((shape, spec.dtype) if spec.save_preactivation else None)

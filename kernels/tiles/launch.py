@@ -1,0 +1,72 @@
+"""What a GPU kernel file returns: which kernels to launch over which arrays, as data.
+
+A plan is made from shapes alone, so the same plan is run by torch on a GPU, by jax-triton, by the interpreter on a
+CPU, and compiled for a chip that is not there. A kernel's parameters come in the order: inputs (arrays and numbers),
+outputs (arrays), then constexprs by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Array:
+    """What a plan knows of an array: shape, dtype name ("float16") and strides in elements."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    strides: tuple[int, ...]
+
+    @property
+    def reach(self) -> int:
+        """The largest distance in elements between two of its elements; past 2**31 offsets need 64 bits."""
+        return sum(abs(stride) * (size - 1) for size, stride in zip(self.shape, self.strides, strict=True) if size)
+
+
+def contiguous(shape: Sequence[int], dtype: str) -> Array:
+    """A new row-major array, as a kernel's outputs are."""
+    strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return Array(tuple(shape), dtype, strides)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel over one grid.
+
+    Attributes:
+        kernel: the `triton.jit` function.
+        grid: one to three sizes; a launch of size 0 is skipped.
+        inputs: names of arrays, and numbers, in the kernel's order.
+        outputs: names of the arrays it writes, which follow the inputs.
+        constants: the constexpr parameters.
+        dot_dtype: the dtype its dots multiply, "" where it has none (a compile check expects matrix instructions).
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    inputs: tuple[str | int | float, ...]
+    outputs: tuple[str, ...]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 2
+    dot_dtype: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launches in order; every output and scratch array is written whole before it is read.
+
+    Attributes:
+        inputs: the arrays that the caller passes, by name.
+        outputs: the arrays that the caller gets, in order.
+        scratch: arrays that live between two launches.
+    """
+
+    launches: tuple[Launch, ...]
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    scratch: Mapping[str, Array] = field(default_factory=dict)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-INPUTS = ("q", "k", "v")
-OUTPUTS = ("out", "lse")
+FACTS = ("dtype", "head_dim", "v_dim")
+OPTIONAL = ()
 MAX_HEAD_DIM = 256
 
 
@@ -41,7 +41,21 @@ class AttentionSpec:
         return 1.0 / sqrt(self.head_dim) if self.scale is None else self.scale
 
 
+SPEC = AttentionSpec
+
+
+def facts(dtype: str, q: Any, k: Any, v: Any) -> dict[str, Any]:
+    """The fields in `FACTS`, which the arrays decide; the others are the options of the call."""
+    return {"dtype": dtype, "head_dim": q.shape[-1], "v_dim": v.shape[-1]}
+
+
+def saving(spec: AttentionSpec) -> AttentionSpec:
+    """The spec of a forward whose backward will follow: every forward has the logsumexp already."""
+    return spec
+
+
 def output_shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> Sequence[tuple[tuple[int, ...], str]]:
     """(shape, dtype) of out and lse."""
     batch, q_len, q_heads, _ = q.shape
-    return ((batch, q_len, q_heads, v.shape[-1]), spec.dtype), ((batch, q_heads, q_len), "float32")
+    lse_dtype = "float64" if spec.dtype == "float64" else "float32"
+    return ((batch, q_len, q_heads, v.shape[-1]), spec.dtype), ((batch, q_heads, q_len), lse_dtype)

@@ -7,11 +7,11 @@ Kernels see the canonical form, one leading batch on every array: a `[batch, m, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-INPUTS = ("a", "b", "bias", "residual")
-OUTPUTS = ("out", "preactivation")
+FACTS = ("dtype",)
+OPTIONAL = ("bias", "residual")
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -30,6 +30,19 @@ class MatmulSpec:
     out_dtype: str
     activation: str | None = None
     save_preactivation: bool = False
+
+
+SPEC = MatmulSpec
+
+
+def facts(dtype: str, a: Any, b: Any, bias: Any, residual: Any) -> dict[str, Any]:
+    """The fields in `FACTS`, which the arrays decide; the others are the options of the call."""
+    return {"dtype": dtype}
+
+
+def saving(spec: MatmulSpec) -> MatmulSpec:
+    """The spec of a forward whose backward will follow."""
+    return replace(spec, save_preactivation=spec.activation is not None)
 
 
 def output_shapes(spec: MatmulSpec, a: Any, b: Any, bias: Any, residual: Any) -> Sequence[Any]:

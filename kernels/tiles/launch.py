@@ -1,8 +1,8 @@
 """What a GPU kernel file returns: which kernels to launch over which arrays, as data.
 
 A plan is made from shapes alone, so the same plan is run by torch on a GPU, by jax-triton, by the interpreter on a
-CPU, and compiled for a chip that is not there. A kernel's parameters come in the order: inputs (arrays and numbers),
-outputs (arrays), then constexprs by name.
+CPU, and compiled for a chip that is not there. A kernel's parameters come in the order: input arrays, output arrays,
+then by name numbers (lengths, strides, scales) and constexprs. Numbers come last because jax-triton makes them constants.
 """
 
 from __future__ import annotations
@@ -40,20 +40,27 @@ class Launch:
     Attributes:
         kernel: the `triton.jit` function.
         grid: one to three sizes; a launch of size 0 is skipped.
-        inputs: names of arrays, and numbers, in the kernel's order.
+        inputs: names of the arrays it reads, in the kernel's order; "" where an optional one is absent (passed as None).
         outputs: names of the arrays it writes, which follow the inputs.
-        constants: the constexpr parameters.
+        numbers: lengths, strides and scales, by parameter name; they change without a new compilation.
+        constants: the constexpr parameters, by name.
         dot_dtype: the dtype its dots multiply, "" where it has none (a compile check expects matrix instructions).
     """
 
     kernel: Any
     grid: tuple[int, ...]
-    inputs: tuple[str | int | float, ...]
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    numbers: Mapping[str, int | float]
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2
     dot_dtype: str = ""
+
+    def __post_init__(self) -> None:
+        named = (*self.inputs, *self.outputs)
+        if not all(isinstance(name, str) for name in named):
+            raise TypeError(f"Launch: inputs and outputs are names of arrays, got {named}; put numbers in numbers=")
 
 
 @dataclass(frozen=True)

@@ -48,15 +48,13 @@ def run(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
 
 def _run_launch(launch: Launch, memory: Mapping[str, np.ndarray]) -> None:
     function = _as_python(launch.kernel)
-    operands = [
-        _pointer(memory[item]) if isinstance(item, str) else interpreter._implicit_cvt(item)
-        for item in (*launch.inputs, *launch.outputs)
-    ]
+    pointers = [_pointer(memory[name]) if name else None for name in (*launch.inputs, *launch.outputs)]
+    numbers = {name: interpreter._implicit_cvt(value) for name, value in launch.numbers.items()}
     grid = (*launch.grid, *(1,) * (3 - len(launch.grid)))
     interpreter.interpreter_builder.set_grid_dim(*grid)
     for index in itertools.product(*map(range, grid)):
         interpreter.interpreter_builder.set_grid_idx(*index)
-        function(*operands, **launch.constants)
+        function(*pointers, **numbers, **launch.constants)
 
 
 def _pointer(array: np.ndarray) -> tl.tensor:

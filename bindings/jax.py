@@ -1,0 +1,234 @@
+"""JAX arrays: every implementation as a function that jit, grad, vmap and export understand.
+
+`call` wraps a kernel's forward and backward in one `custom_vjp`. Pallas kernels are JAX functions as they are. Triton
+kernels go through jax-triton on a GPU, and through a host callback into the interpreter on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, lru_cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crosstile import ops, plans
+from crosstile import numpy as host
+from crosstile.dispatch import Op, installed
+from crosstile.kernels.tiles.errors import UnsupportedError
+from crosstile.kernels.tiles.launch import Array, Plan, contiguous
+from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target
+
+_TPU_KINDS = {  # jax's device_kind
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+    "TPU v7x": "v7x",
+}
+_GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+
+
+def on_cpu(array: Any) -> bool:
+    """Whether the array, or a traced computation on it, runs on this CPU."""
+    return _device(array).platform == "cpu"
+
+
+def target_of(array: Any) -> Target:
+    """The kind of chip that the array is on."""
+    device = _device(array)
+    if device.platform == "tpu":
+        return TARGETS[_TPU_KINDS[device.device_kind]]
+    if device.platform in ("cuda", "gpu"):
+        major, minor = device.compute_capability.split(".")
+        return nearest_cuda(int(major), int(minor))
+    if device.platform == "rocm":
+        return TARGETS[device.compute_capability.split(":")[0]]
+    return INTERPRET
+
+
+def nearest_cuda(major: int, minor: int) -> Target:
+    """The CUDA target whose instructions that compute capability has."""
+    return TARGETS["sm_100" if major == 10 else "sm_90" if (major, minor) == (9, 0) else "sm_80"]
+
+
+def _device(array: Any) -> Any:
+    if isinstance(array, jax.core.Tracer):
+        default = jax.config.jax_default_device
+        return default if hasattr(default, "platform") else jax.devices(default)[0]
+    return next(iter(array.devices()))
+
+
+def needs_grad(arrays: tuple[Any, ...]) -> bool:
+    """Always, since whoever transforms the call may ask for it later."""
+    return True
+
+
+def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> tuple[str, ...]:
+    """Why that implementation cannot take JAX arrays for that target."""
+    if implementation != "triton" or target.interpreted or target.is_tpu:
+        return ()
+    if not installed("jax_triton"):
+        return ("jax-triton is not installed: pip install 'crosstile[cuda]'",)
+    if not any(map(installed, _GPU_PLUGINS)):
+        return (
+            "jax-triton needs a GPU plugin of jax: pip install 'jax[cuda12]' on a machine with a GPU, "
+            f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} to compile on one without",
+        )
+    if target.platform == "rocm" and jax.default_backend() != "gpu":
+        return ("jax-triton asks the AMD GPU itself for its name, so it lowers for ROCm only where there is one",)
+    return ()
+
+
+def call(
+    op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
+) -> tuple[Any, ...]:
+    """The op's outputs, differentiable."""
+    spec, arrays, shape = ops.CANONICAL[op.name](jnp, spec, arrays)
+    outputs = _differentiable(op, spec, implementation, config, target)(*arrays)
+    return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
+
+
+@lru_cache(maxsize=1024)
+def _differentiable(op: Op, spec: Any, implementation: str, config: Any, target: Target) -> Callable[..., Any]:
+    config = config or op.module("tiles").choose_config(spec, target)
+    run = partial(_run, op, implementation=implementation, config=config, target=target)
+    saving = op.module("spec").saving(spec)
+
+    @jax.custom_vjp
+    def function(*inputs: Any) -> tuple[Any, ...]:
+        return run("forward", spec, inputs)
+
+    def forward(*inputs: Any) -> tuple[Any, Any]:
+        outputs = run("forward", saving, inputs)
+        return outputs if saving == spec else (*outputs[:-1], None), (inputs, outputs)
+
+    def backward(saved: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+        inputs, outputs = saved
+        return _once_differentiable(op.name)(partial(run, "backward", saving), inputs, outputs, gradients)
+
+    function.defvjp(forward, backward)
+    return function
+
+
+@cache
+def _once_differentiable(name: str) -> Callable[..., Any]:
+    """Run a backward; a second derivative says clearly that there is none."""
+
+    @partial(jax.custom_jvp, nondiff_argnums=(0,))
+    def once(run: Any, inputs: Any, outputs: Any, gradients: Any) -> Any:
+        return run((inputs, outputs, gradients))
+
+    @once.defjvp
+    def refuse(run: Any, primals: Any, tangents: Any) -> Any:
+        raise UnsupportedError(
+            f"{name}: the backward kernel has no derivative of its own (double backward): "
+            "use implementation='library' where second derivatives are needed"
+        )
+
+    return once
+
+
+def _run(
+    op: Op, direction: str, spec: Any, operands: tuple[Any, ...], *, implementation: str, config: Any, target: Target
+) -> tuple[Any, ...]:
+    if implementation == "pallas":
+        results = getattr(op.module("pallas"), direction)(spec, config, target, *operands)
+        return tuple(results)
+    if implementation == "triton" and not target.interpreted:
+        return _run_on_gpu(op, direction, spec, operands, config, target)
+    return _run_in_callback(op, direction, spec, operands, implementation, config, target)
+
+
+def _run_in_callback(
+    op: Op, direction: str, spec: Any, operands: tuple[Any, ...], implementation: str, config: Any, target: Target
+) -> tuple[Any, ...]:
+    leaves, tree = jax.tree.flatten(operands)
+    shapes = _result_shapes(op, direction, spec, operands)
+    present = [shape is not None for shape in shapes]
+
+    def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
+        restored = jax.tree.unflatten(tree, [np.asarray(array) for array in arrays])
+        results = host.execute(op, direction, spec, restored, implementation, config, target)
+        return tuple(
+            np.ascontiguousarray(result, shape.dtype)
+            for result, shape in zip(results, shapes, strict=True)
+            if shape is not None and result is not None
+        )
+
+    wanted = tuple(shape for shape in shapes if shape is not None)
+    results = iter(jax.pure_callback(on_host, wanted, *leaves, vmap_method="sequential"))
+    return tuple(next(results) if there else None for there in present)
+
+
+def _result_shapes(op: Op, direction: str, spec: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    if direction == "backward":
+        return tuple(None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands[0])
+    shapes = op.module("spec").output_shapes(spec, *operands)
+    return tuple(None if shape is None else jax.ShapeDtypeStruct(shape[0], jnp.dtype(shape[1])) for shape in shapes)
+
+
+def _run_on_gpu(
+    op: Op, direction: str, spec: Any, operands: tuple[Any, ...], config: Any, target: Target
+) -> tuple[Any, ...]:
+    plan = plans.make(op, direction, spec, config, plans.map_arrays(_describe, operands))
+    return plans.collect(op, direction, plan, _launch(plan, plans.by_name(op, operands), target))
+
+
+def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ...]:
+    """Each launch as a jax-triton call. All numbers are constants here, as JAX's shapes are."""
+    import jax_triton
+
+    memory = dict(arrays)
+    described = {**plan.outputs, **plan.scratch}
+    for launch in plan.launches:
+        absent = {_parameter(launch, position): None for position, name in enumerate(launch.inputs) if not name}
+        results = jax_triton.triton_call(
+            *(memory[name] for name in launch.inputs if name),
+            kernel=launch.kernel,
+            out_shape=[_struct(described[name]) for name in launch.outputs],
+            grid=launch.grid,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+            compute_capability=target.capability or None,
+            **absent,
+            **launch.numbers,
+            **launch.constants,
+        )
+        memory.update(zip(launch.outputs, results, strict=True))
+    return tuple(memory[name] for name in plan.outputs)
+
+
+def _parameter(launch: Any, position: int) -> str:
+    name: str = launch.kernel.arg_names[position]
+    return name
+
+
+def _describe(array: Any) -> Array:
+    return contiguous(array.shape, array.dtype.name)
+
+
+def _struct(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, jnp.dtype(array.dtype))
+
+
+def execute_on_host(
+    op: Op, direction: str, spec: Any, operands: tuple[Any, ...], config: Any, target: Target
+) -> tuple[Any, ...]:
+    """A Pallas kernel on NumPy arrays, in its interpreter: what NumPy and torch callers on a CPU get."""
+    arrays = jax.tree.map(jnp.asarray, operands)
+    results = _jitted(op, direction, spec, config, target)(arrays)
+    return tuple(None if result is None else np.asarray(result) for result in results)
+
+
+@lru_cache(maxsize=1024)
+def _jitted(op: Op, direction: str, spec: Any, config: Any, target: Target) -> Callable[..., Any]:
+    function = getattr(op.module("pallas"), direction)
+    return jax.jit(lambda operands: function(spec, config, target, *operands))

@@ -1,0 +1,70 @@
+"""NumPy arrays: the definition itself, or a kernel in its interpreter. Nothing is differentiable here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from crosstile import ops, plans
+from crosstile.dispatch import Op
+from crosstile.kernels.tiles.launch import Array
+from crosstile.kernels.tiles.targets import INTERPRET, Target
+
+
+def on_cpu(array: Any) -> bool:
+    """NumPy arrays live in the host's memory."""
+    return True
+
+
+def target_of(array: Any) -> Target:
+    """The interpreters."""
+    return INTERPRET
+
+
+def needs_grad(arrays: tuple[Any, ...]) -> bool:
+    """NumPy records no gradients."""
+    return False
+
+
+def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> tuple[str, ...]:
+    """Why that implementation cannot take NumPy arrays there."""
+    if implementation == "library":
+        return ("library is the op of torch or JAX itself, and NumPy has none: use numpy",)
+    if implementation != "numpy" and not target.interpreted:
+        return (f"NumPy arrays are on this CPU and cannot run on {target.name}: leave crosstile.target, or use numpy",)
+    return ()
+
+
+def call(
+    op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
+) -> tuple[Any, ...]:
+    """The op's outputs."""
+    spec, arrays, shape = ops.CANONICAL[op.name](np, spec, arrays)
+    outputs = execute(op, "forward", spec, arrays, implementation, config, target)
+    return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
+
+
+def execute(
+    op: Op, direction: str, spec: Any, operands: tuple[Any, ...], implementation: str, config: Any, target: Target
+) -> tuple[Any, ...]:
+    """One direction of an implementation on canonical NumPy arrays.
+
+    operands are the arguments of `forward` or `backward` after the spec: the inputs, or the three tuples.
+    """
+    module = op.module(implementation)
+    if implementation == "numpy":
+        return getattr(module, direction)(spec, *operands)
+    config = config or op.module("tiles").choose_config(spec, target)
+    if implementation == "triton":
+        from crosstile.kernels.tiles import triton_interpreter
+
+        plan = plans.make(op, direction, spec, config, plans.map_arrays(_describe, operands))
+        return plans.collect(op, direction, plan, triton_interpreter.run(plan, plans.by_name(op, operands)))
+    from crosstile import jax
+
+    return jax.execute_on_host(op, direction, spec, operands, config, target)
+
+
+def _describe(array: np.ndarray) -> Array:
+    return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))

@@ -1,0 +1,53 @@
+"""From a call's arrays to a launch plan and back, the same for every framework.
+
+Operands are the arguments of `forward` or `backward` after the spec: the input arrays, or the three tuples inputs,
+outputs and gradients of the outputs. An absent array is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from crosstile.dispatch import Op
+from crosstile.kernels.tiles.launch import Plan
+
+
+def map_arrays(function: Callable[[Any], Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operands with every array replaced by the function of it."""
+    return tuple(
+        map_arrays(function, item) if isinstance(item, tuple) else None if item is None else function(item)
+        for item in operands
+    )
+
+
+@lru_cache(maxsize=4096)
+def make(op: Op, direction: str, spec: Any, config: Any, descriptions: tuple[Any, ...]) -> Plan:
+    """The plan of one direction of the op's Triton kernels."""
+    plan: Plan = getattr(op.module("triton"), direction)(spec, config, *descriptions)
+    return plan
+
+
+def by_name(op: Op, operands: tuple[Any, ...]) -> dict[str, Any]:
+    """The arrays under the names that a plan has for them."""
+    if any(isinstance(item, tuple) for item in operands):
+        inputs, outputs, gradients = operands
+        groups = ((op.inputs, inputs), (op.outputs, outputs), (gradient_names(op.outputs), gradients))
+    else:
+        groups = ((op.inputs, operands),)
+    return {
+        name: array for names, arrays in groups for name, array in zip(names, arrays, strict=True) if array is not None
+    }
+
+
+def collect(op: Op, direction: str, plan: Plan, results: Sequence[Any]) -> tuple[Any, ...]:
+    """A plan's results in the order of the op's outputs, or of its inputs' gradients; None for those it lacks."""
+    named: Mapping[str, Any] = dict(zip(plan.outputs, results, strict=True))
+    names = op.outputs if direction == "forward" else gradient_names(op.inputs)
+    return tuple(named.get(name) for name in names)
+
+
+def gradient_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """dq for q, dout for out."""
+    return tuple("d" + name for name in names)

@@ -1,0 +1,326 @@
+"""torch tensors: every op as a pair of `torch.library` ops, so that autograd, compile, vmap and opcheck know them.
+
+`crosstile::attention` and `crosstile::attention_backward` (and so for each op) take the canonical arrays, the spec's
+options, and which implementation runs for which target. An absent array is returned as an empty tensor, since a
+torch op's results cannot be optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef, custom_op
+
+from crosstile import numpy as host
+from crosstile import ops, plans
+from crosstile.dispatch import OPS, Op, installed
+from crosstile.kernels.tiles.errors import UnsupportedError
+from crosstile.kernels.tiles.launch import Array, Plan
+from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, get_target
+
+_SCHEMA_TYPES = {
+    "bool": "bool",
+    "int": "int",
+    "float": "float",
+    "str": "str",
+    "int | None": "int?",
+    "float | None": "float?",
+    "str | None": "str?",
+}
+
+
+def on_cpu(array: Tensor) -> bool:
+    """Whether the tensor is in this CPU's memory."""
+    return array.device.type == "cpu"
+
+
+def target_of(array: Tensor) -> Target:
+    """The kind of chip that the tensor is on."""
+    device = array.device
+    if device.type == "cuda" and torch.version.hip:
+        return TARGETS[torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]]
+    if device.type == "cuda":
+        return _nearest_cuda(*torch.cuda.get_device_capability(device))
+    if device.type == "tpu":
+        from crosstile import torch_tpu
+
+        return torch_tpu.target_of(device)
+    return INTERPRET
+
+
+def _nearest_cuda(major: int, minor: int) -> Target:
+    return TARGETS["sm_100" if major == 10 else "sm_90" if (major, minor) == (9, 0) else "sm_80"]
+
+
+def needs_grad(arrays: tuple[Any, ...]) -> bool:
+    """Whether autograd will ask for a backward."""
+    return torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays)
+
+
+def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> tuple[str, ...]:
+    """Why that implementation cannot take these tensors for that target."""
+    device = arrays[0].device.type
+    if implementation in ("numpy", "library"):
+        return ()
+    if not target.interpreted and device == "cpu":
+        return (
+            f"the tensors are on this CPU and cannot run on {target.name}: leave crosstile.target, "
+            "or move them to the chip; `crosstile compile` compiles without one",
+        )
+    if implementation == "pallas" and target.is_tpu and not installed("torch_tpu"):
+        return ("torch_tpu is not installed: pip install torch_tpu",)
+    return ()
+
+
+def call(
+    op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
+) -> tuple[Any, ...]:
+    """The op's outputs, recorded by autograd."""
+    _check_devices(op, arrays)
+    spec, arrays, shape = ops.CANONICAL[op.name](torch, spec, arrays)
+    if needs_grad(arrays):
+        spec = op.module("spec").saving(spec)
+    operator = _OPERATORS[op.name]
+    options = [getattr(spec, name) for name in operator.options]
+    tiles = None if config is None else flatten_config(config)
+    outputs = operator(*arrays, *options, implementation, target.name, tiles)
+    return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
+
+
+def _check_devices(op: Op, arrays: tuple[Any, ...]) -> None:
+    device = arrays[0].device
+    for name, array in zip(op.inputs[1:], arrays[1:], strict=True):
+        if array is not None and array.device != device:
+            raise ValueError(f"{name}: is on {array.device}; it must be on {device}, as {op.inputs[0]} is: use .to()")
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A torch operator with its derivative, twice: `torch.func.grad` cannot see through a `torch.library` op.
+
+    Attributes:
+        operator: with the derivative registered, for autograd, compile and export.
+        function: the same as an autograd.Function, for the transforms of torch.func.
+        options: names of the spec's options, in the order of the schema.
+    """
+
+    operator: CustomOpDef
+    function: type[torch.autograd.Function]
+    options: tuple[str, ...]
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return self.function.apply(*args)
+        return self.operator(*args)
+
+
+def _record(
+    operator: CustomOpDef, fake: Callable[..., Any], remember: Any, differentiate: Any, options: tuple[str, ...]
+) -> _Recorded:
+    operator.register_fake(fake)
+    operator.register_autograd(differentiate, setup_context=remember)
+    operator.register_vmap(lambda info, in_dims, *args: _fold(operator, info.batch_size, in_dims, args))
+    methods = {"forward": operator, "setup_context": remember, "backward": differentiate}
+    members = {"generate_vmap_rule": True} | {name: staticmethod(method) for name, method in methods.items()}
+    return _Recorded(operator, type(operator._name, (torch.autograd.Function,), members), options)
+
+
+def _register(op: Op) -> _Recorded:
+    """Define `crosstile::<op>` and `crosstile::<op>_backward`, with fakes, autograd and vmap."""
+    module = op.module("spec")
+    option_types = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(module.SPEC) if f.name not in module.FACTS}
+    inputs, outputs, gradients = op.inputs, op.outputs, plans.gradient_names(op.outputs)
+    tail = [f"{kind} {name}" for name, kind in option_types.items()]
+    tail += ["str implementation", "str target", "int[]? config"]
+    leading = [f"Tensor{'?' if name in module.OPTIONAL else ''} {name}" for name in inputs]
+
+    def schema(arrays: list[str], results: int) -> str:
+        return f"({', '.join(arrays + tail)}) -> ({', '.join(['Tensor'] * results)})"
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        operands = args[: len(inputs)]
+        return _execute(op, "forward", operands, operands, args[len(inputs) :])
+
+    def backward(*args: Any) -> tuple[Tensor, ...]:
+        operands = group(args)
+        return _execute(op, "backward", operands, operands[0], args[width:])
+
+    def group(args: Sequence[Any]) -> tuple[tuple[Any, ...], ...]:
+        first, second = len(inputs), len(inputs) + len(outputs)
+        return tuple(args[:first]), tuple(args[first:second]), tuple(args[second:width])
+
+    def fake_forward(*args: Any) -> tuple[Tensor, ...]:
+        arrays = args[: len(inputs)]
+        spec = _spec(op, arrays, args[len(inputs) :])
+        shapes = module.output_shapes(spec, *arrays)
+        return tuple(
+            arrays[0].new_empty(0) if shape is None else arrays[0].new_empty(shape[0], dtype=getattr(torch, shape[1]))
+            for shape in shapes
+        )
+
+    def fake_backward(*args: Any) -> tuple[Tensor, ...]:
+        like = args[0]
+        return tuple(like.new_empty(0 if x is None else x.shape, dtype=like.dtype) for x in args[: len(inputs)])
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[: len(op.inputs)], *output)
+        ctx.options = inputs[len(op.inputs) :]
+
+    def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        arrays = ctx.saved_tensors
+        results = backward_op(*arrays, *gradients, *ctx.options)
+        present = [None if x is None else dx for x, dx in zip(arrays[: len(inputs)], results, strict=True)]
+        return (*present, *[None] * len(ctx.options))
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise UnsupportedError(
+            f"{op.name}: the backward kernel has no derivative of its own (double backward): "
+            "use implementation='library' where second derivatives are needed"
+        )
+
+    width = len(inputs) + len(outputs) + len(gradients)
+    saved = [f"Tensor {name}" for name in outputs] + [f"Tensor? {name}" for name in gradients]
+    options = tuple(option_types)
+    backward_op = _record(
+        custom_op(
+            f"crosstile::{op.name}_backward", backward, mutates_args=(), schema=schema(leading + saved, len(inputs))
+        ),
+        fake_backward,
+        lambda ctx, inputs, output: None,
+        refuse,
+        options,
+    )
+    return _record(
+        custom_op(f"crosstile::{op.name}", forward, mutates_args=(), schema=schema(leading, len(outputs))),
+        fake_forward,
+        remember,
+        differentiate,
+        options,
+    )
+
+
+def _fold(
+    operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
+    """vmap: every array has a leading batch, so the mapped dimension joins it."""
+
+    def fold(array: Any, dim: int | None) -> Any:
+        if not isinstance(array, Tensor) or not array.numel() and array.dim() == 1:
+            return array
+        mapped = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
+        return mapped.reshape(size * mapped.shape[1], *mapped.shape[2:])
+
+    results = operator(*(fold(array, dim) for array, dim in zip(args, in_dims, strict=True)))
+    unfolded = tuple(
+        result.reshape(size, result.shape[0] // size, *result.shape[1:]) if result.dim() > 1 else result
+        for result in results
+    )
+    return unfolded, tuple(0 if result.dim() > 1 else None for result in results)
+
+
+def _spec(op: Op, inputs: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
+    module = op.module("spec")
+    names = [field.name for field in fields(module.SPEC) if field.name not in module.FACTS]
+    facts = module.facts(str(inputs[0].dtype).removeprefix("torch."), *inputs)
+    return module.SPEC(**facts, **dict(zip(names, options, strict=False)))
+
+
+def _execute(
+    op: Op, direction: str, operands: tuple[Any, ...], inputs: tuple[Any, ...], options: tuple[Any, ...]
+) -> tuple[Tensor, ...]:
+    """Run one direction; absent results are empty tensors."""
+    spec = _spec(op, inputs, options)
+    implementation, chip, tiles = options[-3:]
+    target = get_target(chip)
+    config_class = op.module("tiles").CONFIG
+    config = op.module("tiles").choose_config(spec, target) if tiles is None else unflatten_config(config_class, tiles)
+    if direction == "backward":
+        operands = _present(operands)
+    like = inputs[0]
+    if implementation == "numpy" or target.interpreted:
+        arrays = plans.map_arrays(to_numpy, operands)
+        results = host.execute(op, direction, spec, arrays, implementation, config, target)
+        tensors = [None if result is None else from_numpy(result).to(like.device) for result in results]
+    elif implementation == "triton":
+        plan = plans.make(op, direction, spec, config, plans.map_arrays(_describe, operands))
+        tensors = plans.collect(op, direction, plan, _launch(plan, plans.by_name(op, operands), like))
+    else:
+        from crosstile import torch_tpu
+
+        tensors = torch_tpu.execute(op, direction, spec, operands, config, target)
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+def _present(operands: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The backward's operands with empty outputs as None, and a missing gradient of the result as zeros."""
+    inputs, outputs, gradients = operands
+    outputs = (outputs[0], *(None if output.dim() == 1 and not output.numel() else output for output in outputs[1:]))
+    first = torch.zeros_like(outputs[0]) if gradients[0] is None else gradients[0]
+    return inputs, outputs, (first, *gradients[1:])
+
+
+def _launch(plan: Plan, tensors: dict[str, Tensor], like: Tensor) -> list[Tensor]:
+    memory = dict(tensors)
+    for name, array in {**plan.outputs, **plan.scratch}.items():
+        memory[name] = torch.empty(array.shape, dtype=getattr(torch, array.dtype), device=like.device)
+    with torch.cuda.device(like.device):
+        for launch in plan.launches:
+            if not all(launch.grid):
+                continue
+            pointers = [memory[name] if name else None for name in (*launch.inputs, *launch.outputs)]
+            launch.kernel[launch.grid](
+                *pointers,
+                **launch.numbers,
+                **launch.constants,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+    return [memory[name] for name in plan.outputs]
+
+
+def _describe(tensor: Tensor) -> Array:
+    return Array(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.stride())
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's values in the host's memory, without a copy where it is there; bfloat16 as ml_dtypes has it."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def from_numpy(array: np.ndarray) -> Tensor:
+    """A tensor of the array's values, row-major; it may share memory with a writable array."""
+    array = np.ascontiguousarray(array)
+    array = array if array.flags.writeable else array.copy()
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def flatten_config(config: Any) -> list[int]:
+    """A configuration's numbers in order, as a torch op can take them."""
+    values = [getattr(config, field.name) for field in fields(config)]
+    return [number for value in values for number in (flatten_config(value) if is_dataclass(value) else [value])]
+
+
+def unflatten_config(config_class: Any, numbers: Sequence[int]) -> Any:
+    """The inverse of `flatten_config`."""
+
+    def build(kind: Any) -> Any:
+        hints = get_type_hints(kind)
+        return kind(*(build(hints[f.name]) if is_dataclass(hints[f.name]) else next(rest) for f in fields(kind)))
+
+    rest = iter(numbers)
+    return build(config_class)
+
+
+_OPERATORS = {op.name: _register(op) for op in OPS.values()}

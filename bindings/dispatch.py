@@ -44,15 +44,16 @@ class _Surroundings(threading.local):
 
 
 _surroundings = _Surroundings()
+_warned: set[str] = set()
 
 
 def _constant_in_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Cache the function, and let torch.compile call it while tracing, as `torch.compiler.assume_constant_result` does.
+    """Let torch.compile call the function while it traces, as `torch.compiler.assume_constant_result` does.
 
     The mark is an attribute, so that it is set without importing torch.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return cache(function)
+    return function
 
 
 @dataclass(frozen=True)
@@ -118,18 +119,18 @@ def target(name: str) -> Iterator[None]:
         _surroundings.target = before
 
 
-def framework_of(op: Op, arrays: tuple[Any, ...]) -> str:
+def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
     """ "torch", "jax" or "numpy", the one that all arrays of the call come from. Raises TypeError naming the odd one."""
     first = _framework(arrays[0])
     if first is None:
         raise TypeError(
-            f"{op.inputs[0]}: got {_type_name(arrays[0])}; it must be a numpy.ndarray, torch.Tensor or jax.Array"
+            f"{names[0]}: got {_type_name(arrays[0])}; it must be a numpy.ndarray, torch.Tensor or jax.Array"
         )
     kind = type(arrays[0])
-    for name, array in zip(op.inputs, arrays, strict=True):
+    for name, array in zip(names, arrays, strict=True):
         if array is not None and type(array) is not kind and _framework(array) != first:
             raise TypeError(
-                f"{name}: got {_type_name(array)} where {op.inputs[0]} is {_type_name(arrays[0])}; "
+                f"{name}: got {_type_name(array)} where {names[0]} is {_type_name(arrays[0])}; "
                 f"all arrays of a call must come from one framework, so convert one of them"
             )
     return first
@@ -190,12 +191,17 @@ def supports(
 @_constant_in_compile
 def installed(package: str) -> bool:
     """Whether that package can be imported."""
+    return _find(package)
+
+
+@cache
+def _find(package: str) -> bool:
     return find_spec(package) is not None
 
 
 def run(op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str | None, config: Any) -> tuple[Any, ...]:
     """The op's outputs, from the implementation that the call, its surroundings or its device chooses."""
-    framework = framework_of(op, arrays)
+    framework = framework_of(op.inputs, arrays)
     named = implementation or _surroundings.implementation or os.environ.get("CROSSTILE_IMPLEMENTATION")
     chip = _surroundings.target
     if named is None and chip is None and framework != "numpy" and glue(framework).on_cpu(arrays[0]):
@@ -235,7 +241,7 @@ class Choice:
 
 def choose(op: Op, spec: Any, arrays: tuple[Any, ...], named: str | None) -> Choice:
     """Weigh every implementation for these arrays."""
-    framework = framework_of(op, arrays)
+    framework = framework_of(op.inputs, arrays)
     side = glue(framework)
     chip = _surroundings.target or side.target_of(arrays[0])
     needs_grad = side.needs_grad(arrays)
@@ -331,4 +337,6 @@ def _check_config(op: Op, config: Any) -> None:
 
 @_constant_in_compile
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, stacklevel=4)

@@ -7,8 +7,7 @@ kernels go through jax-triton on a GPU, and through a host callback into the int
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -99,7 +98,7 @@ def call(
 @lru_cache(maxsize=1024)
 def _differentiable(op: Op, spec: Any, implementation: str, config: Any, target: Target) -> Callable[..., Any]:
     config = config or op.module("tiles").choose_config(spec, target)
-    run = partial(_run, op, implementation=implementation, config=config, target=target)
+    run = _once_differentiable(op, implementation, config, target)
     saving = op.module("spec").saving(spec)
 
     @jax.custom_vjp
@@ -112,28 +111,27 @@ def _differentiable(op: Op, spec: Any, implementation: str, config: Any, target:
 
     def backward(saved: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
         inputs, outputs = saved
-        return _once_differentiable(op.name)(partial(run, "backward", saving), inputs, outputs, gradients)
+        return run("backward", saving, (inputs, outputs, gradients))
 
     function.defvjp(forward, backward)
     return function
 
 
-@cache
-def _once_differentiable(name: str) -> Callable[..., Any]:
-    """Run a backward; a second derivative says clearly that there is none."""
+def _once_differentiable(op: Op, implementation: str, config: Any, target: Target) -> Callable[..., Any]:
+    """Run a kernel; a derivative of it, beyond the one that `custom_vjp` gives, is refused clearly."""
 
-    @partial(jax.custom_jvp, nondiff_argnums=(0,))
-    def once(run: Any, inputs: Any, outputs: Any, gradients: Any) -> Any:
-        return run((inputs, outputs, gradients))
+    @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+    def run(direction: str, spec: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
+        return _run(op, direction, spec, operands, implementation=implementation, config=config, target=target)
 
-    @once.defjvp
-    def refuse(run: Any, primals: Any, tangents: Any) -> Any:
+    @run.defjvp
+    def refuse(direction: str, spec: Any, primals: Any, tangents: Any) -> Any:
         raise UnsupportedError(
-            f"{name}: the backward kernel has no derivative of its own (double backward): "
+            f"{op.name}: the backward kernel has no derivative of its own (double backward): "
             "use implementation='library' where second derivatives are needed"
         )
 
-    return once
+    return run
 
 
 def _run(

@@ -40,6 +40,7 @@ def call(
     op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
 ) -> tuple[Any, ...]:
     """The op's outputs."""
+    arrays = plans.map_arrays(lambda array: array.astype(array.dtype.newbyteorder("="), copy=False), arrays)
     spec, arrays, shape = ops.CANONICAL[op.name](np, spec, arrays)
     outputs = execute(op, "forward", spec, arrays, implementation, config, target)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs

@@ -18,7 +18,7 @@ from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
 ArrayT = TypeVar("ArrayT")
 
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
-_dtype_names: dict[Any, str] = {}
+_dtype_names: dict[Any, str] = {}  # of the dtypes that were accepted before
 
 
 @overload
@@ -214,34 +214,37 @@ CANONICAL: dict[str, Callable[..., Any]] = {"attention": canonical_attention, "m
 
 
 def _common_dtype(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
-    first = _dtype_of(names[0], arrays[0])
-    dtype = arrays[0].dtype
+    """The dtype's name. Raises TypeError naming the array that differs, in framework or in dtype."""
+    dtype = getattr(arrays[0], "dtype", None)
+    for array in arrays[1:]:
+        if array is not None and getattr(array, "dtype", None) is not dtype:
+            break
+    else:
+        if dtype is not None and (name := _dtype_names.get(dtype)) is not None:
+            return name
+    return _check_dtypes(names, arrays)
+
+
+def _check_dtypes(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
+    dispatch.framework_of(names, arrays)
+    first = _dtype_name(arrays[0].dtype)
     for name, array in zip(names, arrays, strict=True):
-        if array is not None and getattr(array, "dtype", None) != dtype:
-            raise TypeError(
-                f"{name}: dtype is {_dtype_of(name, array)}; it must be {first}, as {names[0]} is: convert one of them"
-            )
+        if array is None:
+            continue
+        dtype = _dtype_name(array.dtype)
+        if dtype not in _FLOATS:
+            raise TypeError(f"{name}: dtype is {dtype}; it must be one of {', '.join(_FLOATS)}: convert it first")
+        if dtype != first:
+            raise TypeError(f"{name}: dtype is {dtype}; it must be {first}, as {names[0]} is: convert one of them")
+    _dtype_names[arrays[0].dtype] = first
     return first
-
-
-def _dtype_of(argument: str, array: Any) -> str:
-    dtype = getattr(array, "dtype", None)
-    if dtype is None:
-        kind = type(array).__qualname__
-        raise TypeError(f"{argument}: got {kind}; it must be a numpy.ndarray, torch.Tensor or jax.Array")
-    name = _dtype_name(dtype)
-    if name not in _FLOATS:
-        raise TypeError(f"{argument}: dtype is {name}; it must be one of {', '.join(_FLOATS)}: convert it first")
-    return name
 
 
 def _dtype_name(dtype: Any) -> str:
     """ "float32" from a dtype of any framework, or from its name."""
-    name = _dtype_names.get(dtype)
-    if name is None:
-        name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
-        name = _dtype_names[dtype] = name or str(dtype).removeprefix("torch.")
-    return name
+    if isinstance(dtype, str):
+        return dtype
+    return getattr(dtype, "name", None) or getattr(dtype, "__name__", None) or str(dtype).removeprefix("torch.")
 
 
 def _check_rank(argument: str, shape: Any, rank: int, form: str) -> None:

@@ -41,6 +41,19 @@ def by_name(op: Op, operands: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
+def from_names(op: Op, direction: str, named: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The inverse of `by_name`; None for a name that is not there."""
+    names = (op.inputs,) if direction == "forward" else (op.inputs, op.outputs, gradient_names(op.outputs))
+    groups = tuple(tuple(named.get(name) for name in group) for group in names)
+    return groups[0] if direction == "forward" else groups
+
+
+def present_results(op: Op, direction: str, spec: Any, operands: tuple[Any, ...]) -> tuple[bool, ...]:
+    """Which results there are: a backward has none for an absent input."""
+    results = operands[0] if direction == "backward" else op.module("spec").output_shapes(spec, *operands)
+    return tuple(result is not None for result in results)
+
+
 def collect(op: Op, direction: str, plan: Plan, results: Sequence[Any]) -> tuple[Any, ...]:
     """A plan's results in the order of the op's outputs, or of its inputs' gradients; None for those it lacks."""
     named: Mapping[str, Any] = dict(zip(plan.outputs, results, strict=True))

@@ -102,9 +102,7 @@ def lint(session: nox.Session) -> None:
     prepare(session)
     python(session, "ruff", "format", "--check", ".")
     python(session, "ruff", "check", ".")
-    session.run(
-        str(PYTHON.parent / "lint-imports"), env={"PYTHONPATH": installed_copy(session)}, external=True
-    )
+    session.run(str(PYTHON.parent / "lint-imports"), env={"PYTHONPATH": installed_copy(session)}, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -115,7 +113,7 @@ def types(session: nox.Session) -> None:
 
 
 def installed_copy(session: nox.Session) -> str:
-    """The package as users get it, in one folder: tools that read files cannot follow the editable install's mapping."""
+    """The package as users get it: tools that read files cannot follow the mapping of an editable install."""
     copy = HERE / ".nox" / "installed-copy"
     shutil.rmtree(copy, ignore_errors=True)
     pip(session, "--no-deps", "--target", str(copy), str(HERE))

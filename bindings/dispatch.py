@@ -120,7 +120,7 @@ def target(name: str) -> Iterator[None]:
 
 
 def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
-    """ "torch", "jax" or "numpy", the one that all arrays of the call come from. Raises TypeError naming the odd one."""
+    """The one framework of all arrays: "torch", "jax" or "numpy". Raises TypeError naming the array that differs."""
     first = _framework(arrays[0])
     if first is None:
         raise TypeError(
@@ -158,12 +158,16 @@ def _type_name(array: Any) -> str:
 def glue(framework: str) -> ModuleType:
     """The module that runs kernels on that framework's arrays."""
     if framework == "torch":
-        import crosstile.torch as side
-    elif framework == "jax":
-        import crosstile.jax as side
-    else:
-        import crosstile.numpy as side
-    return side
+        import crosstile.torch
+
+        return crosstile.torch
+    if framework == "jax":
+        import crosstile.jax
+
+        return crosstile.jax
+    import crosstile.numpy
+
+    return crosstile.numpy
 
 
 def supports(
@@ -246,7 +250,7 @@ def choose(op: Op, spec: Any, arrays: tuple[Any, ...], named: str | None) -> Cho
     chip = _surroundings.target or side.target_of(arrays[0])
     needs_grad = side.needs_grad(arrays)
     if named is not None:
-        order = (_known(named, "implementation"),)
+        order: tuple[str, ...] = (_known(named, "implementation"),)
     else:
         order = ("numpy",) if framework == "numpy" else _AUTOMATIC[chip.platform]
     reasons: dict[str, tuple[str, ...]] = {}

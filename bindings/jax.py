@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crosstile import ops, plans
 from crosstile import numpy as host
+from crosstile import ops, plans
 from crosstile.dispatch import Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.launch import Array, Plan, contiguous
@@ -60,7 +60,7 @@ def nearest_cuda(major: int, minor: int) -> Target:
 
 def _device(array: Any) -> Any:
     if isinstance(array, jax.core.Tracer):
-        default = jax.config.jax_default_device
+        default = jax.config.jax_default_device  # type: ignore[attr-defined]
         return default if hasattr(default, "platform") else jax.devices(default)[0]
     return next(iter(array.devices()))
 
@@ -187,6 +187,9 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
     memory = dict(arrays)
     described = {**plan.outputs, **plan.scratch}
     for launch in plan.launches:
+        if not all(launch.grid):  # nothing to compute: its outputs have no elements
+            memory |= {name: jnp.zeros(described[name].shape, described[name].dtype) for name in launch.outputs}
+            continue
         absent = {_parameter(launch, position): None for position, name in enumerate(launch.inputs) if not name}
         results = jax_triton.triton_call(
             *(memory[name] for name in launch.inputs if name),

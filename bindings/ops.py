@@ -9,28 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import isfinite, prod
-from typing import Any, TypeVar, overload
+from typing import Any
 
 from crosstile import dispatch
 from crosstile.kernels.attention.spec import AttentionSpec
 from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
 
-ArrayT = TypeVar("ArrayT")
-
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 _dtype_names: dict[Any, str] = {}  # of the dtypes that were accepted before
 
 
-@overload
-def attention(
-    q: ArrayT, k: ArrayT, v: ArrayT, *, causal: bool = ..., scale: float | None = ..., implementation: str | None = ...,
-    config: Any = ...,
-) -> ArrayT: ...
-@overload
-def attention(
-    q: ArrayT, k: ArrayT, v: ArrayT, *, causal: bool = ..., scale: float | None = ..., return_lse: bool,
-    implementation: str | None = ..., config: Any = ...,
-) -> Any: ...
 def attention(
     q: Any,
     k: Any,
@@ -55,7 +43,7 @@ def attention(
         config: an `AttentionConfig`, the tiles of this call.
 
     Returns:
-        out `[batch, q_len, q_heads, v_dim]` in q's dtype; with `return_lse` also lse, float32 `[batch, q_heads, q_len]`,
+        out `[batch, q_len, q_heads, v_dim]` in q's dtype; with `return_lse` also lse `[batch, q_heads, q_len]`, float32,
         natural logarithm, differentiable. A query that sees no key gives out 0, lse -inf and gradients of 0.
 
     Raises:
@@ -63,8 +51,8 @@ def attention(
         ValueError: shapes that do not fit; the message names the argument and what it must be.
         crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
 
-    Algorithm: Dao et al., "FlashAttention" (arXiv:2205.14135) and "FlashAttention-2" (arXiv:2307.08691); grouped queries
-    by Ainslie et al. (arXiv:2305.13245).
+    Algorithm: Dao et al., "FlashAttention" (arXiv:2205.14135) and "FlashAttention-2" (arXiv:2307.08691); grouped
+    queries by Ainslie et al. (arXiv:2305.13245).
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -159,7 +147,9 @@ def _prepare_matmul(
     if len(b_shape) < 2:
         raise ValueError(f"b: got rank {len(b_shape)}, {_show(b_shape)}; it must be [k, n] or [..., k, n]")
     if a_shape[-1] != b_shape[-2]:
-        raise ValueError(f"b: k is {b_shape[-2]} in {_show(b_shape)}; it must be {a_shape[-1]}, as in a {_show(a_shape)}")
+        raise ValueError(
+            f"b: k is {b_shape[-2]} in {_show(b_shape)}; it must be {a_shape[-1]}, as in a {_show(a_shape)}"
+        )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
     lead = a_shape[:-2] if len(b_shape) == 2 else _broadcast("b", b_shape[:-2], a_shape[:-2])
@@ -189,7 +179,7 @@ def canonical_attention(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[An
 def canonical_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     """The arrays with one leading batch each, and the shape to give the result.
 
-    With b `[k, n]` all of a's leading dimensions become rows; else a and b broadcast, without a copy where strides allow.
+    With b `[k, n]` all of a's leading dimensions become rows; else a and b broadcast, without a copy if strides allow.
     """
     a, b, bias, residual = arrays
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]

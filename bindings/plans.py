@@ -33,9 +33,9 @@ def by_name(op: Op, operands: tuple[Any, ...]) -> dict[str, Any]:
     """The arrays under the names that a plan has for them."""
     if any(isinstance(item, tuple) for item in operands):
         inputs, outputs, gradients = operands
-        groups = ((op.inputs, inputs), (op.outputs, outputs), (gradient_names(op.outputs), gradients))
+        groups = [(op.inputs, inputs), (op.outputs, outputs), (gradient_names(op.outputs), gradients)]
     else:
-        groups = ((op.inputs, operands),)
+        groups = [(op.inputs, operands)]
     return {
         name: array for names, arrays in groups for name, array in zip(names, arrays, strict=True) if array is not None
     }

@@ -15,7 +15,8 @@ import ml_dtypes
 import numpy as np
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch._library.custom_ops import CustomOpDef
+from torch.library import custom_op
 
 from crosstile import numpy as host
 from crosstile import ops, plans
@@ -206,13 +207,11 @@ def _register(op: Op) -> _Recorded:
     )
 
 
-def _fold(
-    operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
-) -> tuple[Any, Any]:
+def _fold(operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
     """vmap: every array has a leading batch, so the mapped dimension joins it."""
 
     def fold(array: Any, dim: int | None) -> Any:
-        if not isinstance(array, Tensor) or not array.numel() and array.dim() == 1:
+        if not isinstance(array, Tensor) or (not array.numel() and array.dim() == 1):
             return array
         mapped = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
         return mapped.reshape(size * mapped.shape[1], *mapped.shape[2:])
@@ -250,7 +249,7 @@ def _execute(
         tensors = [None if result is None else from_numpy(result).to(like.device) for result in results]
     elif implementation == "triton":
         plan = plans.make(op, direction, spec, config, plans.map_arrays(_describe, operands))
-        tensors = plans.collect(op, direction, plan, _launch(plan, plans.by_name(op, operands), like))
+        tensors = list(plans.collect(op, direction, plan, _launch(plan, plans.by_name(op, operands), like)))
     else:
         from crosstile import torch_tpu
 

@@ -63,7 +63,8 @@ def _jax(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     q_len, kv_len = q.shape[1], k.shape[1]
-    if not spec.return_lse and kv_len and (not spec.causal or q_len == kv_len):
+    square = spec.v_dim == spec.head_dim and (not spec.causal or q_len == kv_len)
+    if not spec.return_lse and kv_len and square:
         return jax.nn.dot_product_attention(q, k, v, scale=spec.softmax_scale, is_causal=spec.causal), None
 
     group = q.shape[2] // k.shape[2]

@@ -48,7 +48,7 @@ def forward(
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """out, and the preactivation where the spec asks for it."""
     dtype = _compute_dtype(a)
-    z = a.astype(dtype) @ b.astype(dtype)
+    z: np.ndarray = a.astype(dtype) @ b.astype(dtype)
     if bias is not None:
         z = z + bias.astype(dtype)[:, None, :]
     out = activate(spec.activation, z)
@@ -66,7 +66,7 @@ def backward(
     """da, db, dbias, dresidual; the last two are None where the input was."""
     a, b, bias, residual = inputs
     dtype = _compute_dtype(a)
-    dout = gradients[0].astype(dtype)
+    dout: np.ndarray = gradients[0].astype(dtype)
     dz = dout
     if spec.activation is not None:
         assert outputs[1] is not None, "the backward of an activation reads the saved preactivation"

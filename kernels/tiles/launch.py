@@ -2,7 +2,7 @@
 
 A plan is made from shapes alone, so the same plan is run by torch on a GPU, by jax-triton, by the interpreter on a
 CPU, and compiled for a chip that is not there. A kernel's parameters come in the order: input arrays, output arrays,
-then by name numbers (lengths, strides, scales) and constexprs. Numbers come last because jax-triton makes them constants.
+then by name numbers (lengths, strides, scales) and constexprs. Numbers come last since jax-triton makes them constants.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Launch:
     Attributes:
         kernel: the `triton.jit` function.
         grid: one to three sizes; a launch of size 0 is skipped.
-        inputs: names of the arrays it reads, in the kernel's order; "" where an optional one is absent (passed as None).
+        inputs: names of the arrays it reads, in the kernel's order; "" for an absent one, which is passed as None.
         outputs: names of the arrays it writes, which follow the inputs.
         numbers: lengths, strides and scales, by parameter name; they change without a new compilation.
         constants: the constexpr parameters, by name.

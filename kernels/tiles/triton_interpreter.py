@@ -1,8 +1,8 @@
 """Run a launch plan on NumPy arrays, with Triton's interpreter, in the process that also compiles.
 
 Triton reads `TRITON_INTERPRET` when `@triton.jit` decorates, so that a kernel is either compiled or interpreted for
-the life of a process. Here kernels stay compilable: while a plan runs, and only then, the language is patched to NumPy and
-a call of a jitted function inside a kernel runs its Python. No torch is needed.
+the life of a process. Here kernels stay compilable: while a plan runs, and only then, the language is patched to NumPy
+and a call of a jitted function inside a kernel runs its Python. No torch is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def _language_user() -> None:
 
 @contextmanager
 def _interpreted() -> Iterator[None]:
-    anchor = type(_language_user)(_language_user.__code__, {"tl": tl, "core": tl.core})
+    anchor = FunctionType(_language_user.__code__, {"tl": tl, "core": tl.core})
     scope = interpreter._patch_lang(anchor)
     compiled_call = JITFunction.__call__
     was_interpreting = triton.knobs.runtime.interpret

@@ -36,9 +36,7 @@ def attend(implementation):
 
 def multiply(implementation):
     def function(a, b, bias, residual):
-        out = crosstile.matmul(
-            a, b, bias=bias, activation="silu", residual=residual, implementation=implementation
-        )
+        out = crosstile.matmul(a, b, bias=bias, activation="silu", residual=residual, implementation=implementation)
         return out.sin().sum()
 
     return function

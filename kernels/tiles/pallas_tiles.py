@@ -1,0 +1,104 @@
+"""What the TPU kernels share: tile arithmetic, padding, and how a target turns into the arguments of `pallas_call`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from .targets import Target
+
+SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+_interpreter: ContextVar[Any] = ContextVar("interpreter", default=True)
+
+
+@contextmanager
+def interpreter(params: Any) -> Iterator[None]:
+    """Which interpreter stands in for an absent chip, for what is traced inside.
+
+    True (the default) turns a kernel into plain XLA operations: fast, without callbacks, outputs and scratch NaN at the
+    start. `pltpu.InterpretParams(detect_races=True)` simulates the memories and the DMAs of a chip: slow, and strict.
+    """
+    token = _interpreter.set(params)
+    try:
+        yield
+    finally:
+        _interpreter.reset(token)
+
+
+def call_params(target: Target, dimension_semantics: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `pallas_call` that depend on the target: an interpreter, or the compiler's limits."""
+    if target.interpreted:
+        return {"interpret": _interpreter.get()}
+    return {
+        "compiler_params": pltpu.CompilerParams(
+            dimension_semantics=tuple(dimension_semantics), vmem_limit_bytes=vmem_budget(target)
+        )
+    }
+
+
+def vmem_budget(target: Target) -> int:
+    """The VMEM that a kernel may use: all but what XLA keeps for itself."""
+    return target.on_chip_bytes * 7 // 8
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below size."""
+    return -(-size // multiple) * multiple
+
+
+def fit_block(name: str, block: int, size: int, target: Target) -> int:
+    """The block to use for an array of that size: the blocks are made even, so that the last is not mostly padding.
+
+    A compiled block is a multiple of 128. Raises ValueError with the name of a block that is not.
+    """
+    unit = SUBLANES if target.interpreted else LANES
+    if block < 1 or block % unit:
+        raise ValueError(f"{name}: got {block}; it must be a positive multiple of {unit}")
+    count = -(-size // block)
+    return round_up(-(-size // count), unit)
+
+
+def stretch(size: int, block: int, row_bytes: int, target: Target) -> tuple[int, int]:
+    """Cut rows that a kernel walks block by block into stretches that fit VMEM, each of which takes row_bytes a row.
+
+    Returns the length of a stretch and how many there are; their product is the length to pad to.
+    """
+    room = 2**17 if target.interpreted else vmem_budget(target) // 2
+    blocks = -(-size // block)
+    count = -(-blocks // max(1, room // (row_bytes * block)))
+    return -(-blocks // count) * block, count
+
+
+def pad_to(array: jax.Array, axis: int, size: int) -> jax.Array:
+    """Zeros after the end of one axis, up to that size."""
+    if array.shape[axis] == size:
+        return array
+    widths = [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
+    return jnp.pad(array, widths)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [m, k] @ b [k, n] in float32."""
+    return contract(a, b, (1, 0))
+
+
+def dot_nt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a [m, k] @ b [n, k] transposed, in float32."""
+    return contract(a, b, (1, 1))
+
+
+def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """The product of two matrices along one axis of each, in float32."""
+    # float32 operands multiply as float32 (six bfloat16 passes), narrower ones in the one pass they need.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)

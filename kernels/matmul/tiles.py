@@ -24,10 +24,32 @@ class MatmulConfig:
     num_stages: int = 2
 
 
+CONFIG = MatmulConfig
+
+
+# Chosen so that the matrix units, not the memory, are the limit, and the tile's float32 sums stay on the chip: in
+# registers (no spills, every epilogue), in sm_100's tensor memory, or in a TPU's VMEM beside double-buffered blocks.
+_NARROW = {
+    "sm_80": MatmulConfig(128, 256, 64, num_warps=8, num_stages=3),
+    "sm_90": MatmulConfig(128, 256, 64, num_warps=8, num_stages=4),
+    "sm_100": MatmulConfig(128, 256, 64, num_warps=8, num_stages=4),
+    "gfx942": MatmulConfig(256, 256, 64, num_warps=8),
+    "gfx950": MatmulConfig(256, 128, 64, num_warps=8),
+    "v4": MatmulConfig(512, 1024, 512),  # 16 MiB of VMEM
+    "v5e": MatmulConfig(1024, 1024, 512),
+    "v5p": MatmulConfig(1024, 1024, 512),
+    "v6e": MatmulConfig(2048, 1024, 512),  # 560 operations a byte of memory
+    "v7x": MatmulConfig(1024, 1024, 512),
+}
+_FLOAT32_GPU = MatmulConfig(128, 128, 16, num_warps=8, num_stages=3)
+_FLOAT32_TPU = MatmulConfig(512, 512, 256)
+_INTERPRET = MatmulConfig(32, 32, 32)  # several tiles even in a small test
+
+
 def choose_config(spec: MatmulSpec, target: Target) -> MatmulConfig:
     """Tiles for arrays of any size on that chip; kernels shrink a tile that is larger than its array."""
-    if target.is_tpu:
-        return MatmulConfig(512, 512, 512)
-    if target.is_gpu:
-        return MatmulConfig(128, 128, 64, num_warps=8)
-    return MatmulConfig(32, 32, 32)  # interpreted: several tiles even in a small test
+    if target.interpreted:
+        return _INTERPRET
+    if spec.dtype == "float32":
+        return _FLOAT32_TPU if target.is_tpu else _FLOAT32_GPU
+    return _NARROW[target.name]

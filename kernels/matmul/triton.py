@@ -1,0 +1,392 @@
+"""Matmul with its epilogue inside, for NVIDIA and AMD GPUs.
+
+One kernel does every product. Forward it computes `activation(a @ b + bias) + residual`; backward it is called
+again with the strides of `a` and `b` swapped, `da = dz @ b^T` and `db = a^T @ dz`, so no operand is ever copied or
+transposed in memory. dz, the gradient of `a @ b + bias`, comes from one elementwise kernel, which on its way
+sums the columns of each tile for dbias; a last small kernel adds those sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.targets import Target
+from ..tiles.triton_activations import activate, derivative
+from ..tiles.triton_tiles import advance, needs_wide_offsets
+from .spec import MatmulSpec
+from .tiles import MatmulConfig
+
+DTYPES = ("float32", "float16", "bfloat16")
+ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 64, 128  # the tile of the kernels that only read, scale and sum
+EPILOGUE_COLS = tl.constexpr(32)
+
+
+def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
+    """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
+    reasons = []
+    for name, dtype in (("dtype", spec.dtype), ("out_dtype", spec.out_dtype)):
+        if dtype not in DTYPES:
+            reasons.append(f"{name}: got {dtype}; the Triton kernels take {', '.join(DTYPES)}")
+        elif dtype == "bfloat16" and target.interpreted:
+            reasons.append(f"{name}: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on a CPU")
+    if target.is_tpu:
+        reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
+    return tuple(reasons)
+
+
+def forward(
+    spec: MatmulSpec, config: MatmulConfig, a: Array, b: Array, bias: Array | None, residual: Array | None
+) -> Plan:
+    """Launches that write out, and the preactivation where the spec asks for it."""
+    shape = (a.shape[0], a.shape[1], b.shape[2])
+    outputs = {"out": contiguous(shape, spec.out_dtype)}
+    if spec.save_preactivation:
+        outputs["preactivation"] = contiguous(shape, spec.dtype)
+    launch = _product(config, ("a", a), ("b", b), tuple(outputs), bias, residual, spec.activation)
+    return Plan((launch,), _present(a=a, b=b, bias=bias, residual=residual), outputs)
+
+
+def backward(
+    spec: MatmulSpec,
+    config: MatmulConfig,
+    inputs: tuple[Array, Array, Array | None, Array | None],
+    outputs: tuple[Array, Array | None],
+    gradients: tuple[Array, None],
+) -> Plan:
+    """Launches that write da, db and, where the input was there, dbias and dresidual."""
+    a, b, bias, residual = inputs
+    preactivation, dout = outputs[1], gradients[0]
+    batch, m, n = dout.shape
+    results = {"da": contiguous(a.shape, spec.dtype), "db": contiguous(b.shape, spec.dtype)}
+    if bias is not None:
+        results["dbias"] = contiguous(bias.shape, spec.dtype)
+    if residual is not None:
+        results["dresidual"] = contiguous(residual.shape, spec.dtype)
+
+    # Without an activation dz is the gradient of the residual; where nothing is cast either, it is dout.
+    same_as_dresidual = spec.activation is None and residual is not None
+    same_as_dout = spec.activation is None and residual is None and spec.out_dtype == spec.dtype
+    dz_name = "dresidual" if same_as_dresidual else "dout" if same_as_dout else "dz"
+    dz = dout if same_as_dout else contiguous(dout.shape, spec.dtype)
+    scratch = {"dz": dz} if dz_name == "dz" else {}
+
+    launches = []
+    if bias is not None or not same_as_dout:
+        scratch["sums"] = contiguous((batch, triton.cdiv(m, ELEMENTWISE_ROWS), n), "float32")
+        written = {
+            "dresidual": None if residual is None or same_as_dresidual else "dresidual",
+            "dz": None if same_as_dout else dz_name,
+            "sums": "sums",
+        }
+        launches.append(_dz_launch(spec.activation, dout, written))
+    if bias is not None:
+        launches.append(_sum_launch(scratch["sums"]))
+    launches.append(_product(config, (dz_name, dz), ("b", _transposed(b)), ("da",)))
+    launches.append(_product(config, ("a", _transposed(a)), (dz_name, dz), ("db",)))
+    read = _present(a=a, b=b, dout=dout, preactivation=preactivation if spec.activation else None)
+    return Plan(tuple(launches), read, results, scratch)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _matmul(
+    a, b, bias, residual, preactivation, out,
+    m, n, k,
+    a_batch, a_row, a_col, b_batch, b_row, b_col,
+    bias_batch, bias_col, residual_batch, residual_row, residual_col,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVES: tl.constexpr,
+    EVEN_K: tl.constexpr, ALIGNED_M: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_M, BLOCK_N] of `activation(a @ b + bias) + residual`, and of `a @ b + bias` where it is kept."""
+    if ALIGNED_M:
+        m = m // 16 * 16  # m is not specialised on, so that its changes compile nothing: tell what the plan knows of it
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    batch = tl.program_id(0) // (tiles_m * tiles_n)
+    tile_m, tile_n = _grouped(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    row, col = tile_m * BLOCK_M, tile_n * BLOCK_N  # of the tile's first element, from where all offsets count
+
+    rows = _indices(BLOCK_M, WIDE)
+    cols = _indices(BLOCK_N, WIDE)
+    inner = _indices(BLOCK_K, WIDE)
+    rows_exist = rows < m - row
+    cols_exist = cols < n - col
+    a = advance(advance(a, batch, a_batch), row, a_row)
+    b = advance(advance(b, batch, b_batch), col, b_col)
+    a_offsets = rows[:, None] * a_row + inner[None, :] * a_col  # [BLOCK_M, BLOCK_K]
+    b_offsets = inner[:, None] * b_row + cols[None, :] * b_col  # [BLOCK_K, BLOCK_N]
+
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        a_mask = rows_exist[:, None]
+        b_mask = cols_exist[None, :]
+        if not EVEN_K:
+            # One comparison a step keeps the loop in one piece, which the compilers pipeline; a peeled tail would be
+            # a second copy of the dot and of its buffers.
+            inner_exists = inner < k - start
+            a_mask = a_mask & inner_exists[None, :]
+            b_mask = b_mask & inner_exists[:, None]
+        a_tile = tl.load(a + a_offsets, mask=a_mask, other=0.0)
+        b_tile = tl.load(b + b_offsets, mask=b_mask, other=0.0)
+        sums = tl.dot(a_tile, b_tile, sums, input_precision="ieee")
+        a = advance(a, BLOCK_K, a_col)
+        b = advance(b, BLOCK_K, b_row)
+
+    if HAS_BIAS:
+        bias = advance(bias, batch, bias_batch)
+    if HAS_RESIDUAL:
+        residual = advance(advance(residual, batch, residual_batch), row, residual_row)
+    _epilogue(
+        sums, bias, residual, preactivation, out, batch, row, col, m, n,
+        bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _epilogue(
+    sums, bias, residual, preactivation, out, batch, row, col, m, n, bias_col, residual_row, residual_col,
+    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVES: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Finish and store a tile of sums whose first element is (row, col); bias and residual stand at (row, 0).
+
+    A wide tile goes by halves: residual, activation and addresses of all of it at once would not fit the registers.
+    """
+    if sums.shape[1] > EPILOGUE_COLS:
+        left, right = _halves(sums)
+        _epilogue(
+            left, bias, residual, preactivation, out, batch, row, col, m, n,
+            bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+        )  # fmt: skip
+        _epilogue(
+            right, bias, residual, preactivation, out, batch, row, col + left.shape[1], m, n,
+            bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+        )  # fmt: skip
+    else:
+        rows = _indices(sums.shape[0], WIDE)
+        cols = _indices(sums.shape[1], WIDE)
+        cols_exist = cols < n - col
+        exists = (rows < m - row)[:, None] & cols_exist[None, :]
+        offsets = rows[:, None] * n + cols[None, :]
+        if HAS_BIAS:
+            bias = advance(bias, col, bias_col)
+            sums += tl.load(bias + cols * bias_col, mask=cols_exist, other=0.0).to(tl.float32)[None, :]
+        if SAVES:
+            preactivation = _element(preactivation, batch, row, col, m, n)
+            tl.store(preactivation + offsets, sums.to(preactivation.dtype.element_ty), mask=exists)
+        result = activate(sums, ACTIVATION)
+        if HAS_RESIDUAL:
+            residual = advance(residual, col, residual_col)
+            residual_offsets = rows[:, None] * residual_row + cols[None, :] * residual_col
+            result += tl.load(residual + residual_offsets, mask=exists, other=0.0).to(tl.float32)
+        out = _element(out, batch, row, col, m, n)
+        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    halves = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(halves, [0, 2, 1]))
+
+
+@triton.jit(do_not_specialize=["m"])
+def _dz(
+    dout, preactivation, dresidual, dz, sums,
+    m, n, dout_batch, dout_row, dout_col,
+    ACTIVATION: tl.constexpr, WRITES_DRESIDUAL: tl.constexpr, WRITES_DZ: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_M, BLOCK_N] of `dz = dout * activation'(preactivation)`, and the sum of each of its columns.
+
+    dout has any strides; the others are contiguous [batch, m, n], and sums [batch, tiles_m, n].
+    """
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    tile_n = tl.program_id(0) % tiles_n
+    tile_m = tl.program_id(0) // tiles_n % tiles_m
+    batch = tl.program_id(0) // (tiles_m * tiles_n)
+    row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+
+    rows = _indices(BLOCK_M, WIDE)
+    cols = _indices(BLOCK_N, WIDE)
+    cols_exist = cols < n - col
+    exists = (rows < m - row)[:, None] & cols_exist[None, :]
+    offsets = rows[:, None] * n + cols[None, :]
+    dout = advance(advance(advance(dout, batch, dout_batch), row, dout_row), col, dout_col)
+    gradient = tl.load(dout + rows[:, None] * dout_row + cols[None, :] * dout_col, mask=exists, other=0.0)
+    result = gradient.to(tl.float32)
+    if ACTIVATION is not None:
+        preactivation = _element(preactivation, batch, row, col, m, n)
+        z = tl.load(preactivation + offsets, mask=exists, other=0.0).to(tl.float32)
+        result *= derivative(z, ACTIVATION)
+
+    tl.store(_element(sums, batch, tile_m, col, tiles_m, n) + cols, tl.sum(result, axis=0), mask=cols_exist)
+    if WRITES_DZ:
+        dz = _element(dz, batch, row, col, m, n)
+        tl.store(dz + offsets, result.to(dz.dtype.element_ty), mask=exists)
+    if WRITES_DRESIDUAL:
+        dresidual = _element(dresidual, batch, row, col, m, n)
+        tl.store(dresidual + offsets, gradient.to(dresidual.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _sum_tiles(sums, dbias, tiles, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dbias of BLOCK_N columns: the sums [tiles, n] of the tiles above each other, added in a fixed order."""
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    batch = tl.program_id(0) // tiles_n
+    col = tl.program_id(0) % tiles_n * BLOCK_N
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_N)
+    sums = _element(sums, batch, 0, col, tiles, n)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, tiles, BLOCK_M):
+        exists = (rows < tiles - start)[:, None] & (cols < n - col)[None, :]
+        total += tl.load(sums + rows[:, None] * n + cols[None, :], mask=exists, other=0.0)
+        sums = advance(sums, BLOCK_M, n)
+    dbias = _element(dbias, batch, 0, col, 1, n)
+    tl.store(dbias + cols, tl.sum(total, axis=0).to(dbias.dtype.element_ty), mask=cols < n - col)
+
+
+@triton.jit
+def _grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The place of a tile when GROUP_M rows of tiles are walked column by column, so that they share b in the L2."""
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def _indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
+    index = tl.arange(0, SIZE)
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def _element(pointer, batch, row, col, rows, cols):
+    """The element (batch, row, col) of a contiguous array [batch, rows, cols]."""
+    return pointer + ((tl.cast(batch, tl.int64) * rows + row) * cols + col)
+
+
+def _product(
+    config: MatmulConfig,
+    a: tuple[str, Array],
+    b: tuple[str, Array],
+    outputs: tuple[str, ...],
+    bias: Array | None = None,
+    residual: Array | None = None,
+    activation: str | None = None,
+) -> Launch:
+    """The launch of `a @ b` and its epilogue, for two named arrays of any strides."""
+    (a_name, a_array), (b_name, b_array) = a, b
+    batch, m, k = a_array.shape
+    n = b_array.shape[2]
+    block_m, block_n, block_k = _shrink(config.block_m, m), _shrink(config.block_n, n), _shrink(config.block_k, k)
+    saves = "preactivation" in outputs
+    # Parameters of absent arrays get one that is there, and are not touched.
+    arrays = (a_name, b_name, a_name if bias is None else "bias", a_name if residual is None else "residual")
+    tiles = [(a_array, block_m, block_k), (b_array, block_k, block_n)]
+    if residual is not None:
+        tiles.append((residual, block_m, block_n))
+    shrunk = config.block_m * config.block_n // (block_m * block_n)
+    return Launch(
+        _matmul,
+        (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
+        inputs=arrays if saves else (*arrays, a_name),
+        outputs=("preactivation", "out") if saves else outputs,
+        numbers={
+            "m": m,
+            "n": n,
+            "k": k,
+            **_strides("a", a_array, 3),
+            **_strides("b", b_array, 3),
+            **_strides("residual", residual, 3),
+            **_strides("bias", bias, 2),
+        },
+        constants={
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "HAS_RESIDUAL": residual is not None,
+            "SAVES": saves,
+            "EVEN_K": k % block_k == 0,
+            "ALIGNED_M": a_array.strides[1] == 1 and m % 16 == 0,  # loads of a run along m only then
+            "WIDE": _wide(*tiles),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "GROUP_M": config.group_m,
+        },
+        num_warps=min(config.num_warps, max(4, config.num_warps // shrunk)),
+        num_stages=config.num_stages,
+        dot_dtype=a_array.dtype,
+    )
+
+
+def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | None]) -> Launch:
+    """The launch that reads dout once and writes those of dresidual, dz and the sums of columns that have a name."""
+    batch, m, n = dout.shape
+    block_m, block_n = _shrink(ELEMENTWISE_ROWS, m), _shrink(ELEMENTWISE_COLS, n)
+    outputs = tuple(name for name in written.values() if name)
+    return Launch(
+        _dz,
+        (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
+        inputs=("dout", "preactivation" if activation else "dout", *["dout"] * (len(written) - len(outputs))),
+        outputs=outputs,
+        numbers={"m": m, "n": n, **_strides("dout", dout, 3)},
+        constants={
+            "ACTIVATION": activation,
+            "WRITES_DRESIDUAL": written["dresidual"] is not None,
+            "WRITES_DZ": written["dz"] is not None,
+            "WIDE": _wide((dout, block_m, block_n)),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+        num_warps=8,
+    )
+
+
+def _sum_launch(sums: Array) -> Launch:
+    """The launch that adds the sums of columns [batch, tiles, n] into dbias."""
+    batch, tiles, n = sums.shape
+    block_m, block_n = _shrink(ELEMENTWISE_ROWS, tiles), _shrink(ELEMENTWISE_COLS // 2, n)
+    return Launch(
+        _sum_tiles,
+        (batch * triton.cdiv(n, block_n),),
+        inputs=("sums",),
+        outputs=("dbias",),
+        numbers={"tiles": tiles, "n": n},
+        constants={"BLOCK_M": block_m, "BLOCK_N": block_n},
+    )
+
+
+def _present(**arrays: Array | None) -> dict[str, Array]:
+    return {name: array for name, array in arrays.items() if array is not None}
+
+
+def _transposed(array: Array) -> Array:
+    """The view with its last two axes swapped."""
+    (batch, rows, cols), (batch_stride, row, col) = array.shape, array.strides
+    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row))
+
+
+def _shrink(block: int, size: int) -> int:
+    """The block, no larger than the array needs; `tl.dot` wants at least 16."""
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def _strides(name: str, array: Array | None, axes: int) -> dict[str, int]:
+    """The strides by parameter name, with 0 for an absent array and for a batch of one, which is never stepped."""
+    strides = (0,) * axes if array is None else (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
+    names = ("batch", "row", "col") if axes == 3 else ("batch", "col")
+    return {f"{name}_{axis}": stride for axis, stride in zip(names, strides, strict=True)}
+
+
+def _wide(*tiles: tuple[Array, int, int]) -> bool:
+    """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
+    return needs_wide_offsets((rows, cols, *array.strides[1:]) for array, rows, cols in tiles)

@@ -1,0 +1,128 @@
+"""The Pallas matmul kernels, interpreted, against torch: at most twice the error of torch in the same precision.
+
+The interpreter fills what lies outside an array, and scratch before it is written, with NaN.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from matmul_problems import OPERANDS, Problem
+from oracles import assert_within
+
+from crosstile.kernels.matmul import pallas as kernels
+from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
+from crosstile.kernels.matmul.tiles import MatmulConfig, choose_config
+from crosstile.kernels.tiles.pallas_tiles import interpreter
+from crosstile.kernels.tiles.targets import INTERPRET, get_target
+
+
+def forward_and_backward(problem: Problem, arrays: dict, config: MatmulConfig | None = None) -> dict:
+    """out and the gradients, by name."""
+    spec, inputs = problem.spec, tuple(arrays.get(name) for name in OPERANDS)
+    config = config or choose_config(spec, INTERPRET)
+    outputs = kernels.forward(spec, config, INTERPRET, *inputs)
+    gradients = kernels.backward(spec, config, INTERPRET, inputs, outputs, (arrays["dout"], None))
+    results = {"out": outputs[0], **{f"d{name}": result for name, result in zip(OPERANDS, gradients, strict=True)}}
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def native(problem: Problem) -> dict:
+    arrays = {name: jnp.asarray(array, problem.dtype) for name, array in problem.exact_arrays.items()}
+    return {**arrays, "dout": arrays["dout"].astype(problem.spec.out_dtype)}
+
+
+def check(problem: Problem, config: MatmulConfig | None = None) -> None:
+    ours = jax.jit(lambda arrays: forward_and_backward(problem, arrays, config))(native(problem))
+    assert ours["out"].dtype == problem.spec.out_dtype
+    assert {result.dtype.name for name, result in ours.items() if name != "out"} == {problem.dtype}
+    assert_within(ours, problem.answers(problem.dtype), problem.answers(), problem.dtype)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, True)], ids=["", "bias and residual"])
+def test_epilogues(activation, bias, residual):
+    check(Problem(activation=activation, bias=bias, residual=residual))
+
+
+@pytest.mark.parametrize(("bias", "residual"), [(True, False), (False, True)], ids=["bias", "residual"])
+def test_bias_or_residual_alone(bias, residual):
+    check(Problem(activation="silu", bias=bias, residual=residual))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes(dtype):
+    check(Problem(activation="gelu_tanh", bias=True, residual=True, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [(1, 1, 1), (33, 1, 65), (1, 65, 33), (65, 33, 1), (64, 64, 64), (0, 33, 65), (33, 0, 65), (33, 65, 0), (1, 0, 0)],
+)
+def test_sizes(m, k, n):
+    check(Problem(m, k, n, batch=1, activation="silu", bias=True, residual=True))
+
+
+def test_empty_batch():
+    check(Problem(batch=0, activation="gelu", bias=True, residual=True))
+
+
+@pytest.mark.parametrize("config", [MatmulConfig(8, 16, 24), MatmulConfig(256, 136, 64), MatmulConfig(512, 512, 512)])
+def test_tiles_change_nothing(config):
+    check(Problem(m=140, k=100, n=150, batch=1, activation="gelu", bias=True, residual=True), config)
+
+
+def test_more_rows_than_one_tile_of_the_elementwise_kernel():
+    check(Problem(m=600, k=8, n=8, batch=1, activation="relu", bias=True), MatmulConfig(512, 512, 512))
+
+
+def test_float32_result_of_narrow_inputs():
+    problem = Problem(dtype="bfloat16", out_dtype="float32", residual=True)
+    ours = forward_and_backward(problem, native(problem))
+    assert ours["out"].dtype == jnp.float32
+    assert_within({"out": ours.pop("out")}, problem.answers("float32"), problem.answers(), "float32")
+    assert_within(ours, problem.answers("bfloat16"), problem.answers(), "bfloat16")
+
+
+def test_two_runs_are_bit_equal():
+    problem = Problem(activation="gelu", bias=True, residual=True)
+    first, second = (forward_and_backward(problem, native(problem)) for _ in range(2))
+    for name, result in first.items():
+        np.testing.assert_array_equal(result, second[name], err_msg=name)
+
+
+def test_under_vmap():
+    problem = Problem(batch=2, activation="silu", bias=True, residual=True)
+    arrays = native(problem)
+    mapped = jax.vmap(lambda arrays: forward_and_backward(problem, {name: x[None] for name, x in arrays.items()}))(
+        arrays
+    )
+    for name, result in forward_and_backward(problem, arrays).items():
+        np.testing.assert_allclose(mapped[name][:, 0], result, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_races_and_reads_before_writes():
+    """The strict interpreter, which simulates the copies of a chip, finds no race, and NaN where nothing was written."""
+    problem = Problem(m=24, k=40, n=40, batch=1, activation="relu", bias=True, residual=True)
+    with interpreter(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
+        check(problem, MatmulConfig(16, 32, 16))
+    assert not pltpu_races_found()
+
+
+def pltpu_races_found() -> bool:
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    return interpret_pallas_call.races.races_found
+
+
+def test_supports():
+    bfloat16, float16 = (MatmulSpec(dtype, dtype) for dtype in ("bfloat16", "float16"))
+    for name in ("v4", "v5e", "v5p", "v6e", "v7x"):
+        assert kernels.supports(bfloat16, get_target(name), True) == ()
+        assert all("bfloat16" in reason for reason in kernels.supports(float16, get_target(name), True))
+    assert kernels.supports(float16, INTERPRET, True) == ()
+    assert "triton" in kernels.supports(bfloat16, get_target("sm_90"), False)[0]
+    assert "float64" in kernels.supports(MatmulSpec("float64", "float32"), INTERPRET, False)[0]

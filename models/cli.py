@@ -1,0 +1,126 @@
+"""`crosstile train` and `crosstile generate`."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .arrays import tree_leaves
+from .checkpoint import load
+from .config import Config
+from .data import VOCAB_SIZE, decode, encode
+from .generate import stream
+from .run import last_checkpoint, last_step
+from .train import BATCH, LEARNING_RATE, SEQ, STEPS, Result, train
+
+
+class Framework(StrEnum):
+    """Where a model runs."""
+
+    torch = "torch"
+    jax = "jax"
+    numpy = "numpy"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to an application."""
+    app.command("train")(train_command)
+    app.command("generate")(generate_command)
+
+
+def train_command(
+    framework: Annotated[Framework, typer.Option(help="torch or jax.")] = Framework.torch,
+    out: Annotated[Path, typer.Option(help="Folder of the run: metrics and checkpoints.")] = Path("runs/demo"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or begin it.")] = False,
+    steps: Annotated[int, typer.Option(help="Of the whole schedule.")] = STEPS,
+    seconds: Annotated[float | None, typer.Option(help="Stop earlier, once this time is used up.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences a step.")] = BATCH,
+    seq: Annotated[int, typer.Option(help="Bytes a sequence.")] = SEQ,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = LEARNING_RATE,
+    seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
+) -> None:
+    """Train the demo transformer on the sources of Python's standard library."""
+    config = Config.demo()
+    typer.echo(f"{config.num_params:,} parameters, {batch} x {seq} bytes a step, {steps} steps, in {framework.value}")
+    try:
+        result = train(
+            config,
+            framework.value,
+            steps=steps,
+            seconds=seconds,
+            batch=batch,
+            seq=seq,
+            learning_rate=learning_rate,
+            seed=seed,
+            out=out,
+            resume=resume,
+        )
+    except KeyboardInterrupt:
+        typer.echo(f"Stopped after step {last_step(out)}. The same command with --resume goes on.", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from None
+    report(result)
+    if not result.finished:
+        typer.echo(f"Step {len(result.losses)} of {steps}: the same command with --resume goes on.")
+    typer.echo(f"Checkpoint: {last_checkpoint(out)}")
+
+
+def report(result: Result) -> None:
+    """Print what a run did."""
+    typer.echo(f"Held out: {result.bits_before:.3f} -> {result.bits_after:.3f} bits per byte")
+    if result.tokens_per_second:
+        typer.echo(
+            f"Speed: {result.tokens_per_second:,.0f} token/s, MFU {result.mfu:.0%} of the "
+            f"{result.peak_flops / 1e9:,.0f} GFLOP/s that a float32 matmul of {result.framework} reached here"
+        )
+
+
+def generate_command(
+    out: Annotated[Path, typer.Option(help="Folder of a run, or a checkpoint of a model of bytes.")] = Path(
+        "runs/demo"
+    ),
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
+    tokens: Annotated[int, typer.Option(help="How many bytes to append.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    framework: Annotated[Framework | None, typer.Option(help="Default: that of the run, else torch.")] = None,
+) -> None:
+    """Continue a text with a trained model."""
+    run = out / "run.json"
+    trained_in = json.loads(run.read_text("utf-8"))["framework"] if run.is_file() else "torch"
+    try:
+        folder = out if (out / "config.json").is_file() else last_checkpoint(out)
+        params, config = load(folder, framework.value if framework else trained_in)
+        if config.vocab_size != VOCAB_SIZE:
+            raise ValueError(
+                f"{folder}: has {config.vocab_size} tokens; this command knows models of bytes ({VOCAB_SIZE})"
+            )
+        _print_stream(params, config, prompt, tokens, temperature, seed)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def _print_stream(params: object, config: Config, prompt: str, tokens: int, temperature: float, seed: int) -> None:
+    rows = encode(prompt)[None]
+    if not rows.size:
+        raise ValueError("prompt: got an empty text; it must hold at least one byte")
+    if rows.size + tokens > config.max_seq_len:
+        raise ValueError(f"tokens: got {tokens} after {rows.size} of the prompt; at most {config.max_seq_len} in all")
+    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+    typer.echo(decode(rows[0]), nl=False)
+    times = []
+    for column in stream(params, config, rows, tokens, temperature, seed):
+        times.append(time.perf_counter())
+        typer.echo(utf8.decode(bytes(column.astype("uint8"))), nl=False)
+    typer.echo(utf8.decode(b"", final=True))
+    if len(times) > 2:  # the first comes from the prompt; in JAX the second waits for the compiler
+        speed = (len(times) - 2) / (times[-1] - times[1])
+        weights = sum(array.nbytes for array in tree_leaves(params).values())
+        typer.echo(f"{speed:,.0f} token/s, {speed * weights / 1e9:.2f} GB/s of weights read", err=True)

@@ -1,0 +1,140 @@
+"""Generation with a cache of keys and values, for NumPy, torch and JAX.
+
+The next token is chosen from the logits by NumPy in every framework, so that equal logits give equal tokens at any
+temperature. In JAX two programs serve all lengths: the prompt is padded to a power of two, and the decoding step takes
+its position as data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+import crosstile
+
+from .arrays import Array, Tree, framework_of, like, to_numpy
+from .config import Config
+from .transformer import extend, make_cache
+
+_Extend = Callable[[Tree, Array, Tree, Any], tuple[Array, Tree]]
+
+
+def generate(
+    params: Tree,
+    config: Config,
+    prompt: Any,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Array:
+    """Continue a prompt.
+
+    Args:
+        params: of any framework and dtype; the framework of the result.
+        config: the model's.
+        prompt: int `[batch, length]` or `[length]`, in any framework or a list; length at least 1.
+        max_new_tokens: how many tokens to append.
+        temperature: 0 takes the likeliest token (the lowest id of equals), else tokens are drawn from
+            `softmax(logits / temperature)`.
+        seed: of the drawing; the same seed draws the same tokens.
+
+    Returns:
+        int32 `[batch, length + max_new_tokens]`, or without `batch` as the prompt was.
+
+    Raises:
+        ValueError: an empty prompt, ids outside of the vocabulary, or more tokens than `config.max_seq_len`.
+    """
+    tokens = np.asarray(prompt if isinstance(prompt, list | tuple) else to_numpy(prompt))
+    _check(tokens, config, max_new_tokens, temperature)
+    rows = tokens.astype(np.int32).reshape(-1, tokens.shape[-1])
+    new = list(stream(params, config, rows, max_new_tokens, temperature, seed))
+    whole = np.concatenate([rows, *(column[:, None] for column in new)], axis=1)
+    return like(whole.reshape(*tokens.shape[:-1], -1), params["embedding"])
+
+
+def stream(
+    params: Tree, config: Config, prompt: np.ndarray, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """The new tokens of `generate`, int32 `[batch]` at a time; prompt int32 `[batch, length]`."""
+    if not max_new_tokens:
+        return
+    rng = np.random.default_rng(seed)
+    batch, length = prompt.shape
+    run = _runner(params, config)
+    in_jax = framework_of(params["embedding"]) == "jax"
+    padded = min(_power_of_two(length), config.max_seq_len) if in_jax else length
+    size = _power_of_two(max(padded, length + max_new_tokens))
+    cache = make_cache(params, config, batch, size)
+    tokens = np.pad(prompt, ((0, 0), (0, padded - length)))
+    with _inference(params):
+        logits, cache = run(params, like(tokens, params["embedding"]), cache, 0)
+        for position in range(length, length + max_new_tokens):
+            # Padding was written behind the prompt; each step overwrites its slot before any query sees it.
+            last = length - 1 if position == length else 0
+            chosen = choose(to_numpy(logits[:, last]), temperature, rng)
+            yield chosen
+            if position + 1 < length + max_new_tokens:
+                step = like(chosen[:, None], params["embedding"])
+                logits, cache = run(params, step, cache, position)
+
+
+def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
+    """One token a row of logits `[batch, vocab]`: the largest, or a draw by adding Gumbel noise to them."""
+    if temperature:
+        logits = logits.astype(np.float64) / temperature + rng.gumbel(size=logits.shape)
+    return logits.argmax(axis=-1).astype(np.int32)
+
+
+def _runner(params: Tree, config: Config) -> _Extend:
+    """`extend` of that config, compiled in JAX."""
+    embedding = params["embedding"]
+    if framework_of(embedding) != "jax":
+        return lambda params, tokens, cache, position: extend(params, tokens, config, cache, position)
+    choice = crosstile.explain("matmul", embedding[:1], embedding[:1].T).choice
+    return _compiled(config, (choice.implementation, choice.target.name))
+
+
+@lru_cache(maxsize=8)
+def _compiled(config: Config, _surroundings: tuple[str | None, str]) -> _Extend:
+    """One for each config and for each implementation and target, which a traced program has baked in."""
+    import jax
+
+    def run(params: Tree, tokens: Array, cache: Tree, position: Any) -> tuple[Array, Tree]:
+        start = 0 if tokens.shape[1] > 1 else position
+        return extend(params, tokens, config, cache, start)
+
+    return jax.jit(run, donate_argnums=2)
+
+
+def _inference(params: Tree) -> AbstractContextManager[Any]:
+    if framework_of(params["embedding"]) != "torch":
+        return nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def _power_of_two(length: int) -> int:
+    return max(32, 1 << (length - 1).bit_length())
+
+
+def _check(tokens: np.ndarray, config: Config, max_new_tokens: int, temperature: float) -> None:
+    if tokens.ndim not in (1, 2) or not tokens.shape[-1] or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"prompt: got {tokens.dtype} {list(tokens.shape)}; it must be int [length] or [batch, length], length >= 1"
+        )
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
+        raise ValueError(
+            f"prompt: ids go from {tokens.min()} to {tokens.max()}; they must be 0 to {config.vocab_size - 1}"
+        )
+    if max_new_tokens < 0 or tokens.shape[-1] + max_new_tokens > config.max_seq_len:
+        raise ValueError(
+            f"max_new_tokens: got {max_new_tokens} after a prompt of {tokens.shape[-1]}; together they must be at most "
+            f"max_seq_len, {config.max_seq_len}"
+        )
+    if temperature < 0:
+        raise ValueError(f"temperature: got {temperature}; it must not be negative")

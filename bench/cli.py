@@ -1,0 +1,185 @@
+"""The command `crosstile`. Each command imports what it needs when it runs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="crosstile",
+    help="Fused transformer kernels for GPUs and TPUs: train, verify and compile, on a machine that has neither.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FAILED, UNABLE = 1, 2
+
+
+@app.command("compile")
+def compile_command(
+    target: Annotated[
+        list[str] | None, typer.Option(help="A chip, such as sm_90 or v6e; repeat it. All ten without.")
+    ] = None,
+    op: Annotated[list[str] | None, typer.Option(help="attention or matmul; repeat it. Both without.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="A named shape, such as llama-3-8b; repeat it.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="bfloat16 (the default), float16 or float32; repeat it.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Three shapes only: attention at d 64 and 128, one matmul.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Compilations side by side.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file too.")] = None,
+) -> None:
+    """Compile every kernel with the real compilers for chips that are not here, and hold it to its budget.
+
+    Exit code 1: a kernel spills, lacks matrix instructions or exceeds a budget. Exit code 2: a compiler is missing.
+    """
+    from crosstile.kernels.tiles.targets import TARGETS
+
+    from . import compile as compiling
+    from .programs import DTYPES, jobs_for
+    from .progress import bars
+    from .shapes import QUICK, SHAPES, get_shape
+
+    targets = _known(target, "--target", list(TARGETS))
+    ops = _known(op, "--op", ["attention", "matmul"])
+    dtypes = _known(dtype, "--dtype", list(DTYPES), DTYPES[:1])
+    names = _known(shape, "--shape", [shape.name for shape in SHAPES], QUICK if quick else None)
+    shapes = [get_shape(name) for name in names if get_shape(name).op in ops]
+    if not shapes:
+        raise typer.BadParameter(f"no shape named {', '.join(names)} is of {', '.join(ops)}")
+    console = _console()
+    try:
+        compiling.check_compilers(targets)
+    except compiling.NoCompilerError as error:
+        _stop(str(error))
+    with bars(console) as progress:
+        report = compiling.compile_jobs(jobs_for(targets, shapes, dtypes), progress, processes)
+    compiling.show(report, console)
+    if json_file:
+        compiling.write_json(report, json_file)
+        console.print(f"facts written to {json_file}", highlight=False)
+    if report.failures:
+        raise typer.Exit(FAILED)
+
+
+@app.command("verify")
+def verify_command(
+    framework: Annotated[list[str] | None, typer.Option(help="torch or jax; repeat it. Both without.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="triton, pallas or library; repeat it. All without.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="attention or matmul; repeat it. Both without.")] = None,
+) -> None:
+    """Check every kernel against NumPy in float64, forward and backward, in interpret mode on this CPU."""
+    _on_this_cpu()
+    from . import verify
+    from .progress import bars
+
+    console = _console()
+    frameworks = _known(framework, "--framework", ["torch", "jax"])
+    kernels = _known(kernel, "--kernel", list(verify.DTYPES))
+    ops = _known(op, "--op", ["attention", "matmul"])
+    try:
+        with bars(console) as progress:
+            checks = verify.verify(frameworks, kernels, ops, progress)
+    except verify.MissingError as error:
+        _stop(str(error))
+    verify.show(checks, console)
+    if not all(check.passes for check in checks):
+        raise typer.Exit(FAILED)
+
+
+@app.command("bench")
+def bench_command(rounds: Annotated[int, typer.Option(min=4, help="Pairs of timings of each call.")] = 200) -> None:
+    """Measure the cost of a call above torch's own op, and of importing crosstile. Exit code 1 over the bar."""
+    from . import overhead
+
+    if not overhead.show(overhead.torch_overheads(rounds), overhead.import_seconds(), _console()):
+        raise typer.Exit(FAILED)
+
+
+@app.command("roofline")
+def roofline_command(
+    target: Annotated[list[str] | None, typer.Option(help="A chip; repeat it. All ten without.")] = None,
+) -> None:
+    """Predict, from the datasheets, the most that each named shape can reach on each chip."""
+    from crosstile.kernels.tiles.targets import TARGETS
+
+    from . import roofline
+
+    names = _known(target, "--target", list(TARGETS))
+    roofline.show(roofline.bounds([TARGETS[name] for name in names]), _console())
+
+
+@app.command("explain")
+def explain_command(
+    op: Annotated[str, typer.Argument(help="attention or matmul.")],
+    shape: Annotated[str | None, typer.Option(help="A named shape; the op's first without.")] = None,
+    framework: Annotated[str, typer.Option(help="numpy, torch or jax.")] = "torch",
+    target: Annotated[str | None, typer.Option(help="A chip, as if it were here.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Say which implementation a call would run, with which tiles and why, and why not the others."""
+    from .explaining import explain
+
+    try:
+        _console().print(explain(op, shape, framework, target, dtype), highlight=False, soft_wrap=True)
+    except (ValueError, ModuleNotFoundError) as error:
+        _stop(str(error))
+
+
+@app.command("demo")
+def demo_command(
+    seconds: Annotated[float, typer.Option(min=1, help="Training time in each framework.")] = 60.0,
+    folder: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("report"),
+) -> None:
+    """The whole of it: train in torch and JAX, generate, verify, compile for ten chips, and write a report."""
+    _on_this_cpu()
+    from .demo import demo
+
+    if not demo(folder, seconds, _console()):
+        raise typer.Exit(FAILED)
+
+
+def _on_this_cpu() -> None:
+    """Before jax and triton are imported: no search for chips, and no chatter about it."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def _known(given: list[str] | None, option: str, names: list[str], default: Any = None) -> list[str]:
+    """The values given, each one of the names; else the default, else all names."""
+    for value in given or ():
+        if value not in names:
+            raise typer.BadParameter(f"got {value!r}; it must be one of {', '.join(names)}", param_hint=option)
+    return list(dict.fromkeys(given or default or names))
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _stop(message: str) -> None:
+    typer.secho(message, fg=typer.colors.RED, err=True)
+    raise typer.Exit(UNABLE)
+
+
+def _register_models() -> None:
+    from crosstile.models.cli import register
+
+    register(app)
+
+
+_register_models()
+
+if __name__ == "__main__":
+    app()

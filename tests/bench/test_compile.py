@@ -1,0 +1,122 @@
+"""The compile command: what fails, what it says, what it writes."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from crosstile.bench import compile as compiling
+from crosstile.bench import pool, programs
+from crosstile.bench.cli import app
+from crosstile.bench.facts import KernelFacts, over_budget
+from crosstile.bench.programs import Job
+from crosstile.bench.shapes import SHAPES, get_shape
+from crosstile.kernels.tiles.targets import TARGETS
+
+GOOD = KernelFacts("forward", "q 64", 100, {"HGMMA": 8}, "bfloat16", 0, 1024, registers=128)
+SPILLS = KernelFacts("dkv", "q 64", 100, {"HGMMA": 8}, "bfloat16", 12, 1024, registers=255)
+
+
+def outcomes_of(*kernels: KernelFacts, error: str = ""):
+    def run(jobs: Sequence[Job], processes: int = 2) -> Iterator[pool.Outcome]:
+        return (pool.Outcome(job, kernels, error) for job in jobs)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "reason"),
+    [
+        ({"matrix": {}}, "sm_80", "no tensor-core instruction, though it multiplies bfloat16"),
+        ({"matrix": {}}, "v6e", "no MXU instruction, though it multiplies bfloat16"),
+        ({"spills": 3}, "sm_90", "3 register spills"),
+        ({"local_bytes": 8}, "gfx942", "8 bytes of private memory per thread"),
+        ({"on_chip_bytes": 65537}, "gfx942", "65537 bytes of shared memory, more than the chip's 65536"),
+        ({"on_chip_bytes": 2**25}, "v4", "33554432 bytes of VMEM, more than the chip's 16777216"),
+        ({"registers": 256}, "sm_100", "256 registers, more than the chip's 255"),
+    ],
+)
+def test_each_budget(change: dict[str, object], target: str, reason: str) -> None:
+    good = {"on_chip_bytes": 1024, "registers": 128, "matrix": {"MMA": 8}}
+    facts = {**GOOD.as_dict(), **good}
+    assert over_budget(KernelFacts(**facts), target) == ()
+    assert over_budget(KernelFacts(**{**facts, **change}), target) == (reason,)
+
+
+def test_a_failure_names_the_job_the_kernel_and_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of(GOOD, SPILLS))
+    result = CliRunner().invoke(app, ["compile", "--target", "sm_90", "--shape", "llama-3-8b-decode"])
+    assert result.exit_code == 1
+    assert "sm_90 attention forward llama-3-8b-decode bfloat16: dkv (q 64): 12 register spills" in result.output
+    assert "1 fail" in result.output
+    assert "not measured" in result.output
+
+
+def test_within_budget_exits_0_and_writes_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of(GOOD))
+    file = tmp_path / "out.json"
+    command = ["compile", "--target", "sm_90", "--op", "attention", "--quick", "--json", str(file)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    document = json.loads(file.read_text())
+    assert document["schema"] == compiling.SCHEMA
+    assert document["ok"] is True
+    assert document["compilers"]["crosstile"]
+    assert {job["shape"] for job in document["jobs"]} == {"llama-3.2-1b", "llama-3-8b"}
+    assert {job["direction"] for job in document["jobs"]} == {"forward", "backward"}
+    for job in document["jobs"]:
+        assert set(job) == {"target", "op", "direction", "shape", "dtype", "error", "kernels"}
+        [kernel] = job["kernels"]
+        assert kernel == {**GOOD.as_dict(), "failures": []}
+
+
+def test_a_refusal_fails_with_the_compilers_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of(error="RuntimeError: Ran out of memory in VMEM"))
+    result = CliRunner().invoke(app, ["compile", "--target", "v4", "--shape", "llama-3-8b-decode"])
+    assert result.exit_code == 1
+    assert "the compiler refused. RuntimeError: Ran out of memory in VMEM" in result.output
+
+
+def test_no_kernel_at_all_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of())
+    result = CliRunner().invoke(app, ["compile", "--target", "v4", "--shape", "llama-3-8b-decode"])
+    assert result.exit_code == 1
+    assert "compiled to no kernel" in result.output
+
+
+@pytest.mark.parametrize(("package", "target", "kind"), [("triton", "sm_90", "triton"), ("libtpu", "v6e", "tpu")])
+def test_a_missing_compiler_is_named_with_its_command(
+    monkeypatch: pytest.MonkeyPatch, package: str, target: str, kind: str
+) -> None:
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None if name == package else object())
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of(GOOD))
+    result = CliRunner().invoke(app, ["compile", "--quick", "--target", target])
+    assert result.exit_code == 2
+    assert f"pip install 'crosstile[{kind}]'" in result.output
+    other = "v6e" if target == "sm_90" else "sm_90"
+    assert CliRunner().invoke(app, ["compile", "--quick", "--target", other, "--op", "attention"]).exit_code == 0
+
+
+@pytest.mark.parametrize("arguments", [["--target", "sm_75"], ["--op", "norm"], ["--shape", "x"], ["--dtype", "int8"]])
+def test_unknown_names_are_refused_with_those_there_are(arguments: list[str]) -> None:
+    result = CliRunner().invoke(app, ["compile", *arguments])
+    assert result.exit_code == 2
+    assert "must be one of" in " ".join(result.output.replace("│", "").split())
+
+
+def test_every_shape_has_its_directions_on_every_target() -> None:
+    jobs = programs.jobs_for(TARGETS, SHAPES, ["bfloat16"])
+    assert len(set(jobs)) == len(jobs)
+    assert {job.target for job in jobs} == set(TARGETS)
+    assert programs.directions(get_shape("llama-3-8b")) == ("forward", "backward")
+    assert programs.directions(get_shape("llama-3-8b-gate")) == ("forward", "saving", "backward")
+    assert programs.directions(get_shape("llama-3-8b-decode")) == ("forward",)
+
+
+def test_a_job_that_cannot_be_made_is_an_outcome_not_an_end() -> None:
+    bad = Job("sm_90", "no_such_op", "forward", "llama-3-8b", "bfloat16")
+    [outcome] = pool.run([bad])
+    assert "no_such_op" in outcome.error
+    assert outcome.kernels == ()

@@ -1,0 +1,66 @@
+"""The error table: its measure, and that it catches what is wrong."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from typer.testing import CliRunner
+
+from crosstile.bench import verify
+from crosstile.bench.cases import AttentionCase, MatmulCase, TorchSide
+from crosstile.bench.cli import app
+from crosstile.bench.verify import Check, compare
+
+ATTENTION = AttentionCase("small", 1, 9, 14, 4, 2, 8, causal=True)
+MATMUL = MatmulCase("small", 5, 8, 7, "silu")
+
+
+def test_the_multiple_is_of_twice_the_own_error() -> None:
+    exact = np.ones(100)
+    theirs = exact + 1e-3
+    floor = 0.5 * 2.0**-10 + 4 * 2.0**-23
+    error, multiple = compare(exact + 2e-3, theirs, exact, "float16")
+    assert error == pytest.approx(2e-3)
+    assert multiple == pytest.approx(2e-3 / (2e-3 + floor))
+    assert compare(exact + 4e-3, theirs, exact, "float16")[1] > 1
+
+
+@pytest.mark.parametrize("bad", [np.array([1.0, np.nan]), np.array([1.0, np.inf]), np.ones(3)])
+def test_nan_inf_and_shape_are_infinitely_wrong(bad: np.ndarray) -> None:
+    assert compare(bad, np.ones(2), np.ones(2), "float32")[1] == np.inf
+
+
+@pytest.mark.parametrize("case", [ATTENTION, MATMUL])
+def test_the_framework_s_own_op_passes(case: AttentionCase | MatmulCase) -> None:
+    checks = list(verify.check(case, TorchSide(), "library", "float32"))
+    assert [check.direction for check in checks] == ["forward", "backward"]
+    assert all(check.passes for check in checks)
+
+
+@pytest.mark.parametrize("mutation", ["scale", "causal"])
+def test_a_wrong_attention_does_not_pass(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import crosstile
+
+    def wrong(self, q, k, v, implementation):
+        change = {"scale": {"scale": 0.36, "causal": True}, "causal": {"causal": False}}[mutation]
+        return crosstile.attention(q, k, v, **change)
+
+    monkeypatch.setattr(AttentionCase, "public", wrong)
+    assert not any(check.passes for check in verify.check(ATTENTION, TorchSide(), "library", "float32"))
+
+
+@pytest.mark.parametrize(("multiple", "code"), [(0.5, 0), (1.5, 1)])
+def test_the_command_s_exit_code(multiple: float, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Check("matmul", "small", "torch", "triton", "forward", "float32", 1e-7, multiple)
+    monkeypatch.setattr(verify, "verify", lambda *args: [row])
+    result = CliRunner().invoke(app, ["verify"])
+    assert result.exit_code == code
+    assert f"{multiple:.2f}" in result.output
+
+
+def test_a_missing_framework_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "find_spec", lambda name: None if name == "jax" else object())
+    result = CliRunner().invoke(app, ["verify"])
+    assert result.exit_code == 2
+    assert "pip install 'crosstile[jax]'" in result.output

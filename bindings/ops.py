@@ -43,8 +43,8 @@ def attention(
         config: an `AttentionConfig`, the tiles of this call.
 
     Returns:
-        out `[batch, q_len, q_heads, v_dim]` in q's dtype; with `return_lse` also lse `[batch, q_heads, q_len]`, float32,
-        natural logarithm, differentiable. A query that sees no key gives out 0, lse -inf and gradients of 0.
+        out `[batch, q_len, q_heads, v_dim]` in q's dtype; with `return_lse` also lse `[batch, q_heads, q_len]`,
+        float32, natural logarithm, differentiable. A query that sees no key gives out 0, lse -inf and gradients of 0.
 
     Raises:
         TypeError: arrays of two frameworks, or of a dtype that is not a float.

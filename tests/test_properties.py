@@ -481,3 +481,28 @@ def test_two_backward_runs_are_bit_equal(implementation, device):
     assert prod(first["dk"].shape)
     for name, gradient in first.items():
         np.testing.assert_array_equal(gradient, second[name])
+
+
+@IMPLEMENTATIONS
+def test_a_query_that_sees_no_key(implementation, device):
+    """It gives 0 and -inf, and takes no part in the backward, not even with NaN as the gradient of its lse."""
+    skip_unless_it_runs(implementation, device)
+    if device == "tpu":
+        pytest.skip("gradients are taken through torch, which is on no TPU here")
+    problem = Attention(1, 37, 5, 1, 2, 8, 9, causal=True)
+    blind = problem.q_len - problem.kv_len
+    arrays = problem.arrays()
+    exact, own = expected_attention(problem, arrays), own_attention(problem, arrays)
+    arrays["dlse"][..., :blind] = np.nan
+
+    inputs = {name: to_torch(arrays[name], "float32", "contiguous", device) for name in "qkv"}
+    gradients = [to_torch(arrays[name], "float32", "contiguous", device) for name in ("dout", "dlse")]
+
+    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return crosstile.attention(q, k, v, causal=True, return_lse=True, implementation=implementation)
+
+    (out, lse), ours = pull_back(function, inputs, gradients)
+    assert (to_numpy(out)[:, :blind] == 0).all()
+    assert np.isneginf(to_numpy(lse)[..., :blind]).all()
+    assert (ours["dq"][:, :blind] == 0).all()
+    assert_within(ours, own, exact, "float32")

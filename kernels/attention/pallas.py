@@ -38,6 +38,7 @@ from ..tiles.pallas_tiles import (
     pad_to,
     round_up,
     stretch,
+    stretch_room,
 )
 from ..tiles.targets import Target
 from .spec import MAX_HEAD_DIM, AttentionSpec
@@ -73,8 +74,10 @@ def forward(
 
     tiling = _Tiling.choose(spec, config.forward, target, q_len, kv_len, part=target.matrix_unit)
     block_q, q_padded = tiling.block_q, round_up(q_len, tiling.block_q)
-    key_bytes = 2 * (round_up(head_dim, LANES) + v_dim) * k.dtype.itemsize
-    major, stretches = stretch(kv_len, tiling.block_kv, key_bytes, target)
+    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
+    key_bytes = 2 * width * k.dtype.itemsize  # the stretch that is computed with, and the next one
+    query_bytes = 2 * width * q.dtype.itemsize + 4 * (v_dim + tiling.block_kv)
+    major, stretches = stretch(kv_len, tiling.block_kv, key_bytes, stretch_room(block_q * query_bytes, target))
     kv_padded = major * stretches
 
     def kv_stretch(h: Any, i: Any, s: Any) -> tuple[Any, Any]:
@@ -216,21 +219,27 @@ def backward(
 
     tiling = _Tiling.choose(spec, config.dkv, target, q_len, kv_len, part=2 * target.matrix_unit)
     block_kv, kv_padded = tiling.block_kv, round_up(kv_len, tiling.block_kv)
-    operand_bytes = 2 * (round_up(head_dim, LANES) + round_up(v_dim, LANES)) * q.dtype.itemsize
-    query_bytes = operand_bytes + group * head_dim * (4 + 2 * q.dtype.itemsize)  # dq is summed, and written, whole
-    major, stretches = stretch(q_len, tiling.block_q, query_bytes, target)
+    # dq is summed, and then written, for a stretch of queries and as many heads of the group as VMEM holds a tile of.
+    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
+    key_bytes = 2 * (width + head_dim) * k.dtype.itemsize + (4 + 2 * 4) * width
+    room = stretch_room(block_kv * key_bytes, target)
+    operand_bytes, head_bytes = 2 * width * q.dtype.itemsize, head_dim * (4 + 2 * q.dtype.itemsize)
+    fitting = (room // tiling.block_q - operand_bytes) // head_bytes
+    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, fitting))
+    splits = group // heads
+    major, stretches = stretch(q_len, tiling.block_q, operand_bytes + heads * head_bytes, room)
     q_padded = major * stretches
 
     def q_head(h: Any, s: Any, j: Any, g: Any) -> Any:
         # Keys that no query of the stretch sees repeat the last head: nothing is fetched for them.
         visible = tiling.visible_q(j * block_kv)[0] * tiling.block_q < (s + 1) * major
-        return h * group + jnp.where(visible, g, group - 1)
+        return h * heads + jnp.where(visible, g, heads - 1)
 
     def q_rows(dim: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, major, dim), lambda b, h, s, j, g: (b, q_head(h, s, j, g), s, 0))
 
     def kv_rows(dim: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, block_kv, dim), lambda b, h, s, j, g: (b, h, j, 0))
+        return pl.BlockSpec((None, None, block_kv, dim), lambda b, h, s, j, g: (b, lax.div(h, splits), j, 0))
 
     def partial_sum(dim: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, None, block_kv, dim), lambda b, h, s, j, g: (s, b, h, j, 0))
@@ -238,18 +247,18 @@ def backward(
     row = pl.BlockSpec((None, None, 1, major), lambda b, h, s, j, g: (b, q_head(h, s, j, g), 0, s))
     dq, dk, dv = pl.pallas_call(
         partial(_backward_kernel, scale=spec.softmax_scale, tiling=tiling),
-        grid=(batch, kv_heads, stretches, kv_padded // block_kv, group),
+        grid=(batch, kv_heads * splits, stretches, kv_padded // block_kv, heads),
         in_specs=[
             q_rows(head_dim),
             q_rows(v_dim),
             row,
             row,
             kv_rows(head_dim),
-            pl.BlockSpec((None, None, head_dim, block_kv), lambda b, h, s, j, g: (b, h, 0, j)),
+            pl.BlockSpec((None, None, head_dim, block_kv), lambda b, h, s, j, g: (b, lax.div(h, splits), 0, j)),
             kv_rows(v_dim),
         ],
         out_specs=[
-            pl.BlockSpec((None, group, head_dim, major), lambda b, h, s, j, g: (b, h, 0, s)),
+            pl.BlockSpec((None, heads, head_dim, major), lambda b, h, s, j, g: (b, h, 0, s)),
             partial_sum(head_dim),
             partial_sum(v_dim),
         ],
@@ -257,14 +266,15 @@ def backward(
             jax.ShapeDtypeStruct((batch, q_heads, head_dim, q_padded), q.dtype),
             *(
                 jax.ShapeDtypeStruct(
-                    (stretches, batch, kv_heads, kv_padded, dim), k.dtype if stretches == 1 else jnp.float32
+                    (stretches, batch, kv_heads * splits, kv_padded, dim),
+                    k.dtype if stretches * splits == 1 else jnp.float32,
                 )
                 for dim in (head_dim, v_dim)
             ),
         ],
         scratch_shapes=[
             pltpu.VMEM(shape, jnp.float32)
-            for shape in ((group, head_dim, major), (block_kv, head_dim), (block_kv, v_dim))
+            for shape in ((heads, head_dim, major), (block_kv, head_dim), (block_kv, v_dim))
         ],
         name="attention_backward",
         **call_params(target, ("parallel", "parallel", "parallel", "arbitrary", "arbitrary")),
@@ -276,8 +286,9 @@ def backward(
         _columns(k, kv_padded),
         _rows(v, kv_padded),
     )
-    dk, dv = ((d[0] if stretches == 1 else d.sum(axis=0).astype(k.dtype))[:, :, :kv_len] for d in (dk, dv))
-    return dq[..., :q_len].transpose(0, 3, 1, 2), dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
+    dk, dv = (d.reshape(stretches, batch, kv_heads, splits, kv_padded, -1).sum(axis=(0, 3)) for d in (dk, dv))
+    dk, dv = (d[:, :, :kv_len].transpose(0, 2, 1, 3).astype(k.dtype) for d in (dk, dv))
+    return dq[..., :q_len].transpose(0, 3, 1, 2), dk, dv
 
 
 def _backward_kernel(
@@ -288,7 +299,7 @@ def _backward_kernel(
     k_ref: Any,  # [block_kv, head_dim]
     k_columns_ref: Any,  # [head_dim, block_kv], the same keys
     v_ref: Any,  # [block_kv, v_dim]
-    dq_ref: Any,  # [group, head_dim, major]
+    dq_ref: Any,  # [heads, head_dim, major]
     dk_ref: Any,  # [block_kv, head_dim]
     dv_ref: Any,  # [block_kv, v_dim]
     dq_acc: Any,
@@ -300,7 +311,7 @@ def _backward_kernel(
 ) -> None:
     """One tile of keys against a stretch of queries, all three gradients at once: five products a tile, not seven.
 
-    dk and dv are complete after the last head of the group; dq stays in VMEM until the last tile of keys.
+    dk and dv are complete after the last of the heads; dq stays in VMEM until the last tile of keys.
     """
     block_q, part = tiling.block_q, tiling.part
     key = pl.program_id(3) * tiling.block_kv
@@ -399,7 +410,7 @@ class _Tiling:
         return lax.div(first, self.block_kv), lax.div(last + self.block_kv - 1, self.block_kv)
 
     def visible_q(self, key: Any) -> tuple[Any, Any]:
-        """For the tile of keys at `key`: the first tile of queries that sees some of it, and the first that sees all."""
+        """The first tile of queries that sees some of the tile of keys at `key`, and the first that sees all of it."""
         end = key + self.block_kv
         if not self.causal:
             return 0, jnp.where(end > self.kv_len, -(-self.q_len // self.block_q), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..tiles.targets import Target
+from ..tiles.targets import MIB, Target
 from .spec import AttentionSpec
 
 
@@ -43,8 +43,8 @@ def choose_config(spec: AttentionSpec, target: Target) -> AttentionConfig:
     return AttentionConfig(small, small, small)
 
 
-# By the width of a head on chip: (block_q, block_kv, num_warps, num_stages) of the forward, dk/dv and dq kernels. Each is
-# the largest that compiles without spills, in any 16-bit type, causal or not.
+# By the width of a head on chip: (block_q, block_kv, num_warps, num_stages) of the forward, dk/dv and dq kernels. Large
+# tiles, as long as the compiler spills no register, in both 16-bit types, causal or not.
 _GPU_TILES = {
     "sm_80": {
         64: ((128, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
@@ -59,7 +59,7 @@ _GPU_TILES = {
     "sm_100": {
         64: ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
         128: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
-        256: ((128, 64, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+        256: ((128, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
     },
     "gfx942": {
         64: ((128, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
@@ -71,20 +71,33 @@ _GPU_TILES = {
         128: ((128, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)),
         256: ((64, 32, 4, 2), (32, 32, 4, 1), (64, 16, 4, 1)),
     },
+    # NVIDIA's tensor cores have no float32: exact products run on the vector units, from whole rows in registers.
+    "cuda float32": {
+        64: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        128: ((32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+        256: ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    },
+    "rocm float32": {
+        64: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        128: ((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        256: ((32, 32, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    },
 }
 
 
 def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
+    table = _GPU_TILES[f"{target.platform} float32" if spec.dtype == "float32" else target.name]
     width = max(spec.head_dim, spec.v_dim)
-    bucket = min(size for size in (64, 128, 256) if width <= size)
-    if spec.dtype == "float32":
-        # NVIDIA's tensor cores have no float32: its products run on the vector units, unrolled, from registers.
-        tiles = AttentionTiles(32, 32, 4, 1)
-        return AttentionConfig(tiles, tiles, tiles)
-    return AttentionConfig(*(AttentionTiles(*tiles) for tiles in _GPU_TILES[target.name][bucket]))
+    bucket = min(size for size in table if width <= size)
+    return AttentionConfig(*(AttentionTiles(*tiles) for tiles in table[bucket]))
 
 
 def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
-    """Scores of 256 queries by 1024 keys are the largest that the compiler keeps in registers between two products."""
-    tiles = AttentionTiles(256, 1024)
+    """Long tiles of keys against few queries: scores of one part of a tile stay in registers between two products.
+
+    VMEM of 16 MiB (v4) does not hold the longest with the widest heads. One kernel computes all gradients, with the
+    tiles of dk and dv.
+    """
+    row_bytes = max(spec.head_dim, spec.v_dim) * (4 if spec.dtype == "float32" else 2)
+    tiles = AttentionTiles(256, 512 if target.on_chip_bytes <= 16 * MIB and row_bytes > 512 else 1024)
     return AttentionConfig(tiles, tiles, tiles)

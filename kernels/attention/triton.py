@@ -4,6 +4,9 @@ Every program owns one tile of one head and walks the other sequence. Tiles in w
 mask, those that the diagonal or the end of a sequence cuts do, and those in which no query sees a key are never read.
 Nothing is added atomically, so two runs agree to the bit.
 
+A loop stands in an `if` that it runs at all: without it the accumulators that it would skip and those that it leaves in
+flight meet in the same registers, and on sm_90 ptxas then waits for every single wgmma.
+
 Scores are exponentiated in base 2: `exp(scale * s) == exp2(scale * log2(e) * s)`.
 """
 
@@ -96,9 +99,7 @@ def _attend(
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def _forward_kernel(
     q, k, v, out, lse,
-    q_batch, q_row, q_head, q_column,
-    k_batch, k_row, k_head, k_column,
-    v_batch, v_row, v_head, v_column,
+    q_batch, q_row, q_head, q_column, k_batch, k_row, k_head, k_column, v_batch, v_row, v_head, v_column,
     log2_scale, q_len, kv_len, q_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     NEGATE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr,
@@ -146,18 +147,15 @@ def forward(spec: AttentionSpec, config: AttentionConfig, q: Array, k: Array, v:
         "out": contiguous((batch, q_len, q_heads, spec.v_dim), spec.dtype),
         "lse": contiguous((batch, q_heads, q_len), "float32"),
     }
-    log2_scale = max(abs(spec.softmax_scale) * log2(e), 1e-30)  # not 0, for 0 * -inf is not -inf
-    launch = Launch(
-        _forward_kernel,
-        (triton.cdiv(q_len, tiles.block_q) * q_heads * batch,),
-        ("q", "k", "v"),
-        ("out", "lse"),
-        {**_strides(q=q, k=k, v=v), "log2_scale": log2_scale, "q_len": q_len, "kv_len": kv_len, "q_heads": q_heads},
-        {**_constants(spec, tiles, q, k, v, outputs["out"]), "NEGATE": spec.softmax_scale < 0},
-        tiles.num_warps,
-        tiles.num_stages,
-        dot_dtype=spec.dtype,
-    )
+    numbers = {
+        **_strides(q=q, k=k, v=v),
+        "log2_scale": max(abs(spec.softmax_scale) * log2(e), 1e-30),  # not 0, for 0 * -inf is not -inf
+        **{"q_len": q_len, "kv_len": kv_len, "q_heads": q_heads},
+    }
+    constants = {**_constants(spec, tiles, q, k, v, outputs["out"]), "NEGATE": spec.softmax_scale < 0}
+    grid = (triton.cdiv(q_len, tiles.block_q) * q_heads * batch,)
+    how = tiles.num_warps, tiles.num_stages, spec.dtype
+    launch = Launch(_forward_kernel, grid, ("q", "k", "v"), ("out", "lse"), numbers, constants, *how)
     return Plan((launch,), {"q": q, "k": k, "v": v}, outputs)
 
 
@@ -167,11 +165,8 @@ def forward(spec: AttentionSpec, config: AttentionConfig, q: Array, k: Array, v:
 @triton.jit(do_not_specialize=["q_len"])
 def _prepare_kernel(
     out, lse, dout, dlse, log2_lse, delta,
-    out_batch, out_row, out_head, out_column,
-    lse_batch, lse_head, lse_row,
-    dout_batch, dout_row, dout_head, dout_column,
-    dlse_batch, dlse_head, dlse_row,
-    q_len, q_heads,
+    out_batch, out_row, out_head, out_column, lse_batch, lse_head, lse_row,
+    dout_batch, dout_row, dout_head, dout_column, dlse_batch, dlse_head, dlse_row, q_len, q_heads,
     V_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What the backward kernels need of each query: lse in base 2, and delta = sum(out * dout) - dlse.
@@ -211,8 +206,8 @@ def _gather_dkv(
     """Add what the queries in [start, end) of each head of the group send back to a tile of keys.
 
     Scores are transposed, [BLOCK_KV, BLOCK_Q], so that the weights stay in registers for the second product. One loop
-    runs through all the heads, which keeps loads in flight from one head to the next. The masked loop has few steps: it is
-    not pipelined, and nothing is moved out of the loops, to leave the registers to the two accumulators.
+    runs through all the heads, which keeps loads in flight from one head to the next. To leave the registers to the two
+    accumulators, the masked loop, which has few steps, is not pipelined, and nothing is moved out of the loops.
     """
     tiles = (end - start) // BLOCK_Q
     if tiles > 0:
@@ -242,10 +237,8 @@ def _gather_dkv(
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def _dkv_kernel(
     q, k, v, dout, log2_lse, delta, dk, dv,
-    q_batch, q_row, q_head, q_column,
-    k_batch, k_row, k_head, k_column,
-    v_batch, v_row, v_head, v_column,
-    dout_batch, dout_row, dout_head, dout_column,
+    q_batch, q_row, q_head, q_column, k_batch, k_row, k_head, k_column,
+    v_batch, v_row, v_head, v_column, dout_batch, dout_row, dout_head, dout_column,
     scale, log2_scale, q_len, kv_len, kv_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr,
@@ -312,10 +305,8 @@ def _gather_dq(
 @triton.jit(do_not_specialize=["q_len", "kv_len"])
 def _dq_kernel(
     q, k, v, dout, log2_lse, delta, dq,
-    q_batch, q_row, q_head, q_column,
-    k_batch, k_row, k_head, k_column,
-    v_batch, v_row, v_head, v_column,
-    dout_batch, dout_row, dout_head, dout_column,
+    q_batch, q_row, q_head, q_column, k_batch, k_row, k_head, k_column,
+    v_batch, v_row, v_head, v_column, dout_batch, dout_row, dout_head, dout_column,
     scale, log2_scale, q_len, kv_len, q_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, CAUSAL: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr,
@@ -378,41 +369,28 @@ def backward(
         {**_strides(out=out, dout=dout, lse=lse, dlse=dlse), "q_len": q_len, "q_heads": q_heads},
         {"V_DIM": spec.v_dim, "BLOCK_Q": _PREPARE_ROWS, "WIDE": _wide(_PREPARE_ROWS, out, dout)},
     )
-    scale = spec.softmax_scale
+    reads = ("q", "k", "v", "dout", "log2_lse", "delta")
     numbers = {
         **_strides(q=q, k=k, v=v, dout=dout),
-        **{"scale": scale, "log2_scale": scale * log2(e), "q_len": q_len, "kv_len": kv_len},
+        **{"scale": spec.softmax_scale, "log2_scale": spec.softmax_scale * log2(e), "q_len": q_len, "kv_len": kv_len},
     }
     tiles = _checked(config.dkv, "dkv")
-    dkv = Launch(
-        _dkv_kernel,
-        (triton.cdiv(kv_len, tiles.block_kv) * kv_heads * batch,),
-        ("q", "k", "v", "dout", "log2_lse", "delta"),
-        ("dk", "dv"),
-        {**numbers, "kv_heads": kv_heads},
-        _constants(spec, tiles, q, k, v, dout, results["dk"], results["dv"]),
-        tiles.num_warps,
-        tiles.num_stages,
-        dot_dtype=spec.dtype,
-    )
+    grid = (triton.cdiv(kv_len, tiles.block_kv) * kv_heads * batch,)
+    constants = _constants(spec, tiles, q, k, v, dout, results["dk"], results["dv"])
+    how = tiles.num_warps, tiles.num_stages, spec.dtype
+    dkv = Launch(_dkv_kernel, grid, reads, ("dk", "dv"), {**numbers, "kv_heads": kv_heads}, constants, *how)
+
     tiles = _checked(config.dq, "dq")
-    dq = Launch(
-        _dq_kernel,
-        (triton.cdiv(q_len, tiles.block_q) * q_heads * batch,),
-        ("q", "k", "v", "dout", "log2_lse", "delta"),
-        ("dq",),
-        {**numbers, "q_heads": q_heads},
-        _constants(spec, tiles, q, k, v, dout, results["dq"]),
-        tiles.num_warps,
-        tiles.num_stages,
-        dot_dtype=spec.dtype,
-    )
+    grid = (triton.cdiv(q_len, tiles.block_q) * q_heads * batch,)
+    constants = _constants(spec, tiles, q, k, v, dout, results["dq"])
+    how = tiles.num_warps, tiles.num_stages, spec.dtype
+    dq = Launch(_dq_kernel, grid, reads, ("dq",), {**numbers, "q_heads": q_heads}, constants, *how)
     return Plan((prepare, dkv, dq), arrays, results, scratch)
 
 
 def _strides(**arrays: Array | None) -> dict[str, int]:
     """The strides of arrays [batch, row, head, column] or [batch, head, row] as the kernels name them; absent: 0."""
-    strides = {}
+    strides: dict[str, int] = {}
     for name, array in arrays.items():
         axes = ("batch", "row", "head", "column") if array and len(array.shape) == 4 else ("batch", "head", "row")
         strides |= {f"{name}_{axis}": array.strides[i] if array else 0 for i, axis in enumerate(axes)}

@@ -28,7 +28,7 @@ from .spec import MatmulSpec
 from .tiles import MatmulConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU compiler multiplies; interpreted, float16 too
-CHUNK_ROWS, CHUNK_COLS = 16, 512  # of a tile that an elementwise loop holds in registers at a time
+LOW_PRODUCTS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # of the parts of a and b, beside the leading (0, 0)
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 512, 512  # the tile of the kernel that only reads, scales and sums
 
 
@@ -55,9 +55,10 @@ def forward(
     residual: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """out, and the preactivation where the spec asks for it."""
-    dtypes = (spec.out_dtype, spec.dtype) if spec.save_preactivation else (spec.out_dtype,)
-    results = _product(config, target, a, b, dtypes, bias=bias, residual=residual, activation=spec.activation)
-    return results[0], (results[1] if spec.save_preactivation else None)
+    saved = spec.dtype if spec.save_preactivation else None
+    return _product(
+        config, target, a, b, spec.out_dtype, saved, bias=bias, residual=residual, activation=spec.activation
+    )
 
 
 def backward(
@@ -71,15 +72,15 @@ def backward(
     """da, db, dbias, dresidual; the last two are None where the input was."""
     a, b, bias, residual = inputs
     dout = gradients[0]
-    dtype = jnp.dtype(spec.dtype)
-    dz = dout.astype(dtype)
-    dresidual = None if residual is None else dz
+    dz = dresidual = dout.astype(spec.dtype)
     sums = None
     if spec.activation is not None or bias is not None:
-        dz, sums = _dz(spec, target, dout, outputs[1])
-    (da,) = _product(config, target, dz, b, (dtype,), transpose_b=True)
-    (db,) = _product(config, target, a, dz, (dtype,), transpose_a=True)
-    return da, db, (None if bias is None else sums.astype(dtype)), dresidual
+        changed, sums = _dz(spec, target, dout, outputs[1] if spec.activation else None)
+        dz = dz if changed is None else changed
+    da, _ = _product(config, target, dz, b, spec.dtype, transpose_b=True)
+    db, _ = _product(config, target, a, dz, spec.dtype, transpose_a=True)
+    dbias = None if bias is None or sums is None else sums.astype(spec.dtype)
+    return da, db, dbias, (None if residual is None else dresidual)
 
 
 def _product(
@@ -87,125 +88,124 @@ def _product(
     target: Target,
     a: jax.Array,
     b: jax.Array,
-    dtypes: tuple[Any, ...],
+    out_dtype: str,
+    saved_dtype: str | None = None,
     *,
     transpose_a: bool = False,
     transpose_b: bool = False,
     bias: jax.Array | None = None,
     residual: jax.Array | None = None,
     activation: str | None = None,
-) -> tuple[jax.Array, ...]:
-    """`a @ b` with its epilogue in dtypes[0], and the preactivation in dtypes[1] if there is one.
+) -> tuple[jax.Array, jax.Array | None]:
+    """`a @ b` with its epilogue, and the preactivation if it has a dtype.
 
     a is [batch, m, k], or [batch, k, m] to be transposed; b is [batch, k, n], or [batch, n, k].
     """
     a_k, b_k = (1 if transpose_a else 2), (2 if transpose_b else 1)
     batch, m, n, k = a.shape[0], a.shape[3 - a_k], b.shape[3 - b_k], a.shape[a_k]
-    if 0 in (batch, m, n):
-        return tuple(jnp.zeros((batch, m, n), dtype) for dtype in dtypes)
+    out = jax.ShapeDtypeStruct((batch, m, n), jnp.dtype(out_dtype))
+    saved = None if saved_dtype is None else jax.ShapeDtypeStruct((batch, m, n), jnp.dtype(saved_dtype))
+    if 0 in out.shape:
+        return jnp.zeros(out.shape, out.dtype), (None if saved is None else jnp.zeros(saved.shape, saved.dtype))
     if k == 0:  # a sum of nothing: one zero gives the same
         a, b = (jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype) for x, axis in ((a, a_k), (b, b_k)))
         k = 1
-    block_m, block_n, block_k = (
-        size if size <= block else fit_block(name, block, size, target)
-        for name, block, size in (
-            ("block_m", config.block_m, m),
-            ("block_n", config.block_n, n),
-            ("block_k", config.block_k, k),
-        )
-    )
+
+    block_m = _block("block_m", config.block_m, m, target)
+    block_n = _block("block_n", config.block_n, n, target)
+    block_k = _block("block_k", config.block_k, k, target)
     steps = pl.cdiv(k, block_k)
-    tile = pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j))
-    operands, specs = (
-        [a, b],
-        [
-            pl.BlockSpec((None, block_k, block_m), lambda b, i, j, s: (b, s, i))
-            if transpose_a
-            else pl.BlockSpec((None, block_m, block_k), lambda b, i, j, s: (b, i, s)),
-            pl.BlockSpec((None, block_n, block_k), lambda b, i, j, s: (b, j, s))
-            if transpose_b
-            else pl.BlockSpec((None, block_k, block_n), lambda b, i, j, s: (b, s, j)),
-        ],
-    )
-    if bias is not None:
-        operands.append(bias[:, None, :])
-        specs.append(pl.BlockSpec((None, 1, block_n), lambda b, i, j, s: (b, 0, j)))
-    if residual is not None:
-        operands.append(residual)
-        specs.append(tile)
-    scratch = [pltpu.VMEM((block_m, block_n), jnp.float32)]
+    a_spec = pl.BlockSpec((None, block_m, block_k), lambda b, i, j, s: (b, i, s))
+    b_spec = pl.BlockSpec((None, block_k, block_n), lambda b, i, j, s: (b, s, j))
     if transpose_a:
-        scratch.append(pltpu.VMEM((block_m, block_k), a.dtype))
+        a_spec = pl.BlockSpec((None, block_k, block_m), lambda b, i, j, s: (b, s, i))
+    if transpose_b:
+        b_spec = pl.BlockSpec((None, block_n, block_k), lambda b, i, j, s: (b, j, s))
+    bias_spec = pl.BlockSpec((None, 1, block_n), lambda b, i, j, s: (b, 0, j))
+    tile = pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j))
+
+    scratch = {"sums_ref": pltpu.VMEM((block_m, block_n), jnp.float32)}
+    if a.dtype == jnp.float32:
+        scratch["a_parts"] = pltpu.VMEM((3, block_m, block_k), jnp.bfloat16)
+        scratch["b_parts"] = pltpu.VMEM((3, block_n, block_k) if transpose_b else (3, block_k, block_n), jnp.bfloat16)
+        scratch["low_ref"] = scratch["sums_ref"]
+    elif transpose_a:
+        scratch["a_parts"] = pltpu.VMEM((1, block_m, block_k), a.dtype)
     kernel = partial(
         _product_kernel,
         activation=activation,
-        has_bias=bias is not None,
-        has_residual=residual is not None,
-        saves=len(dtypes) > 1,
         transpose_a=transpose_a,
         transpose_b=transpose_b,
         steps=steps,
         tail=k - (steps - 1) * block_k,
         columns=target.matrix_unit or LANES,
+        piece=_piece(target),
     )
-    return tuple(
-        pl.pallas_call(
-            kernel,
-            grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n), steps),
-            in_specs=specs,
-            out_specs=[tile] * len(dtypes),
-            out_shape=[jax.ShapeDtypeStruct((batch, m, n), dtype) for dtype in dtypes],
-            scratch_shapes=scratch,
-            name="matmul",
-            **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
-        )(*operands)
-    )
+    results = pl.pallas_call(
+        kernel,
+        grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n), steps),
+        in_specs=[a_spec, b_spec, None if bias is None else bias_spec, None if residual is None else tile],
+        out_specs=[tile, None if saved is None else tile],
+        out_shape=[out, saved],
+        scratch_shapes=scratch,
+        name="matmul",
+        **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
+    )(a, b, None if bias is None else bias[:, None, :], residual)
+    return results[0], results[1]
 
 
 def _product_kernel(
     a_ref: Any,
     b_ref: Any,
-    *refs: Any,
+    bias_ref: Any | None,
+    residual_ref: Any | None,
+    out_ref: Any,
+    preactivation_ref: Any | None,
+    *,
+    sums_ref: Any,
+    a_parts: Any | None = None,
+    b_parts: Any | None = None,
+    low_ref: Any | None = None,
     activation: str | None,
-    has_bias: bool,
-    has_residual: bool,
-    saves: bool,
     transpose_a: bool,
     transpose_b: bool,
     steps: int,
     tail: int,
     columns: int,
+    piece: tuple[int, int],
 ) -> None:
-    """One step along k of one tile [m, n].
+    """One step along k of one tile [m, n]: bias [1, n], residual, out, preactivation and sums [m, n].
 
-    refs: bias [1, n] and residual [m, n] where given; out and, if kept, the preactivation; the float32 sums [m, n] and,
-    for a transposed a, room for its block turned round.
+    a is used as it lies, or first written to a_parts: turned round, and float32 as a sum of three bfloat16.
     """
-    rest = iter(refs)
-    bias_ref = next(rest) if has_bias else None
-    residual_ref = next(rest) if has_residual else None
-    out_ref = next(rest)
-    preactivation_ref = next(rest) if saves else None
-    sums_ref = next(rest)
     step = pl.program_id(3)
-    if transpose_a:
-        a_ref = _turned(a_ref, next(rest))
-    block_k = a_ref.shape[1]
+    a_refs = [a_ref] if a_parts is None else _split(a_ref, a_parts, piece, transpose_a)
+    b_refs = [b_ref] if b_parts is None else _split(b_ref, b_parts, piece)
 
     def multiply(length: int) -> None:
         """Add the product over the first `length` of this step's k to the sums."""
 
-        def multiply_columns(cols: Any) -> None:
+        def add(total_ref: Any, p: int, q: int, cols: Any, first: bool) -> None:
+            a_tile = a_refs[p][:, :length]
             if transpose_b:
-                product = contract(a_ref[:, :length], b_ref[cols, :length], (1, 1))
+                product = contract(a_tile, b_refs[q][cols, :length], (1, 1))
             else:
-                product = contract(a_ref[:, :length], b_ref[:length, cols], (1, 0))
-            # Adding to zero at the first step costs less than a pass that writes zeros.
-            sums_ref[:, cols] = product if steps == 1 else product + jnp.where(step == 0, 0, sums_ref[:, cols])
+                product = contract(a_tile, b_refs[q][:length, cols], (1, 0))
+            if first:  # adding to zero at the first step costs less than a pass that writes zeros
+                total_ref[:, cols] = product if steps == 1 else product + jnp.where(step == 0, 0, total_ref[:, cols])
+            else:
+                total_ref[:, cols] += product
+
+        def multiply_columns(cols: Any) -> None:
+            add(sums_ref, 0, 0, cols, first=True)
+            if low_ref is not None:
+                for index, (p, q) in enumerate(LOW_PRODUCTS):
+                    add(low_ref, p, q, cols, first=index == 0)
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
         _in_chunks(out_ref.shape[1], columns, multiply_columns)
 
+    block_k = a_ref.shape[0 if transpose_a else 1]
     if tail == block_k:
         multiply(block_k)
     else:
@@ -214,6 +214,9 @@ def _product_kernel(
 
     def finish(rows: Any, cols: Any) -> None:
         z = sums_ref[rows, cols]
+        if low_ref is not None:
+            low = low_ref[rows, cols]
+            z += jnp.where(jnp.isnan(low), 0, low)  # the lower parts of an infinity are NaN, and do not count
         if bias_ref is not None:
             z += bias_ref[:, cols].astype(jnp.float32)
         if preactivation_ref is not None:
@@ -223,47 +226,68 @@ def _product_kernel(
             out += residual_ref[rows, cols].astype(jnp.float32)
         out_ref[rows, cols] = out.astype(out_ref.dtype)
 
-    pl.when(step == steps - 1)(lambda: _in_pieces(out_ref.shape, finish))
+    pl.when(step == steps - 1)(lambda: _in_pieces(out_ref.shape, piece, finish))
 
 
-def _turned(block_ref: Any, turned_ref: Any) -> Any:
-    """A block [k, m] written as [m, k] into another."""
+def _split(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bool = False) -> list[Any]:
+    """Write a block as a sum of parts, [parts, rows, columns], turned round where asked.
 
-    def turn(rows: Any) -> None:
-        turned_ref[rows, :] = block_ref[:, rows].T
+    Three bfloat16 hold all 24 bits of a float32. Six products of them, those down to 2**-16 of the largest, give the
+    float32 product (Henry, Tang & Heinecke, arXiv:1904.06376). The compiler's own split spills, having no room for it.
+    """
+    count = parts_ref.shape[0]
 
-    _in_chunks(turned_ref.shape[0], LANES, turn)
-    return turned_ref
+    def write(rows: Any, cols: Any) -> None:
+        rest = block_ref[cols, rows].T if turn else block_ref[rows, cols]
+        for index in range(count):
+            part = rest.astype(parts_ref.dtype)
+            parts_ref[index, rows, cols] = part
+            if count > 1:
+                rest = rest - part.astype(jnp.float32)
+
+    _in_pieces(parts_ref.shape[1:], (LANES, LANES) if turn else piece, write)
+    return [parts_ref.at[index] for index in range(count)]
 
 
 def _dz(
     spec: MatmulSpec, target: Target, dout: jax.Array, preactivation: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """`dz = dout * activation'(preactivation)` [batch, m, n], and its sums along m, float32 [batch, n]."""
+) -> tuple[jax.Array | None, jax.Array]:
+    """`dz = dout * activation'(preactivation)` [batch, m, n], and its sums along m, float32 [batch, n].
+
+    Without an activation dz is None: it is dout.
+    """
     batch, m, n = dout.shape
+    struct = None if preactivation is None else jax.ShapeDtypeStruct((batch, m, n), jnp.dtype(spec.dtype))
     if 0 in dout.shape:
-        return dout.astype(spec.dtype), jnp.zeros((batch, n), jnp.float32)
+        return (None if struct is None else dout.astype(struct.dtype)), jnp.zeros((batch, n), jnp.float32)
     block_m, block_n = min(ELEMENTWISE_ROWS, m), min(ELEMENTWISE_COLS, n)
     tile = pl.BlockSpec((None, block_m, block_n), lambda b, j, i: (b, i, j))
-    results = pl.pallas_call(
-        partial(_dz_kernel, activation=spec.activation, m=m),
+    optional = None if struct is None else tile
+    sums, dz = pl.pallas_call(
+        partial(_dz_kernel, activation=spec.activation, m=m, piece=_piece(target)),
         grid=(batch, pl.cdiv(n, block_n), pl.cdiv(m, block_m)),
-        in_specs=[tile] if preactivation is None else [tile, tile],
-        out_specs=[pl.BlockSpec((None, 1, block_n), lambda b, j, i: (b, 0, j)), tile],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, 1, n), jnp.float32),
-            jax.ShapeDtypeStruct((batch, m, n), jnp.dtype(spec.dtype)),
-        ],
+        in_specs=[tile, optional],
+        out_specs=[pl.BlockSpec((None, 1, block_n), lambda b, j, i: (b, 0, j)), optional],
+        out_shape=[jax.ShapeDtypeStruct((batch, 1, n), jnp.float32), struct],
         name="matmul_dz",
         **call_params(target, ("parallel", "parallel", "arbitrary")),
-    )(*([dout] if preactivation is None else [dout, preactivation]))
-    return results[1], results[0][:, 0]
+    )(dout, preactivation)
+    return dz, sums[:, 0]
 
 
-def _dz_kernel(dout_ref: Any, *refs: Any, activation: str | None, m: int) -> None:
+def _dz_kernel(
+    dout_ref: Any,
+    preactivation_ref: Any | None,
+    sums_ref: Any,
+    dz_ref: Any | None,
+    *,
+    activation: str | None,
+    m: int,
+    piece: tuple[int, int],
+) -> None:
     """One tile of dz; the sums [1, n] of its columns are added to those of the tiles above."""
-    *preactivation_ref, sums_ref, dz_ref = refs
-    first = pl.program_id(2) * dz_ref.shape[0]
+    block_m = dout_ref.shape[0]
+    first = pl.program_id(2) * block_m
 
     @pl.when(first == 0)
     def _start() -> None:
@@ -271,20 +295,33 @@ def _dz_kernel(dout_ref: Any, *refs: Any, activation: str | None, m: int) -> Non
 
     def scale(rows: Any, cols: Any) -> None:
         dz = dout_ref[rows, cols].astype(jnp.float32)
-        if activation is not None:
-            dz *= derivative(activation, preactivation_ref[0][rows, cols].astype(jnp.float32))
-        dz_ref[rows, cols] = dz.astype(dz_ref.dtype)
-        if m % dz_ref.shape[0]:  # rows past the array are garbage
+        if activation is not None and preactivation_ref is not None and dz_ref is not None:
+            dz *= derivative(activation, preactivation_ref[rows, cols].astype(jnp.float32))
+            dz_ref[rows, cols] = dz.astype(dz_ref.dtype)
+        if m % block_m:  # rows past the array are garbage
             row = first + rows.start + lax.broadcasted_iota(jnp.int32, dz.shape, 0)
             dz = jnp.where(row < m, dz, 0)
         sums_ref[:, cols] += jnp.sum(dz, axis=0, keepdims=True)
 
-    _in_pieces(dz_ref.shape, scale)
+    _in_pieces(dout_ref.shape, piece, scale)
 
 
-def _in_pieces(shape: tuple[int, int], body: Callable[[Any, Any], None]) -> None:
-    """Run an elementwise body on pieces of a tile, small enough to stay in registers from load to store."""
-    _in_chunks(shape[0], CHUNK_ROWS, lambda rows: _in_chunks(shape[1], CHUNK_COLS, lambda cols: body(rows, cols)))
+def _block(name: str, block: int, size: int, target: Target) -> int:
+    """The whole of an array's dimension if the block holds it, else blocks of even size."""
+    return size if size <= block else fit_block(name, block, size, target)
+
+
+def _piece(target: Target) -> tuple[int, int]:
+    """Rows and columns that an elementwise loop takes at a time: with every intermediate value they fill the registers.
+
+    TPU v4 has 32 vector registers of [8, 128] float32, the later chips 64. An interpreter has none, and slow loops.
+    """
+    return {"v4": (16, 256), "interpret": (64, 512)}.get(target.name, (16, 512))
+
+
+def _in_pieces(shape: tuple[int, int], piece: tuple[int, int], body: Callable[[Any, Any], None]) -> None:
+    """Run an elementwise body on pieces of a tile, so that nothing goes to memory between load and store."""
+    _in_chunks(shape[0], piece[0], lambda rows: _in_chunks(shape[1], piece[1], lambda cols: body(rows, cols)))
 
 
 def _in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:

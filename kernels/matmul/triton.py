@@ -287,11 +287,13 @@ def _product(
     (a_name, a_array), (b_name, b_array) = a, b
     batch, m, k = a_array.shape
     n = b_array.shape[2]
-    block_m, block_n, block_k = _shrink(config.block_m, m), _shrink(config.block_n, n), _shrink(config.block_k, k)
+    block_m, block_n = _shrink("block_m", config.block_m, m), _shrink("block_n", config.block_n, n)
+    block_k = _shrink("block_k", config.block_k, k)
     saves = "preactivation" in outputs
     # Parameters of absent arrays get one that is there, and are not touched.
     arrays = (a_name, b_name, a_name if bias is None else "bias", a_name if residual is None else "residual")
-    tiles = [(a_array, block_m, block_k), (b_array, block_k, block_n)]
+    out = contiguous((batch, m, n), "")
+    tiles = [(a_array, block_m, block_k), (b_array, block_k, block_n), (out, block_m, block_n)]
     if residual is not None:
         tiles.append((residual, block_m, block_n))
     shrunk = config.block_m * config.block_n // (block_m * block_n)
@@ -331,7 +333,7 @@ def _product(
 def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | None]) -> Launch:
     """The launch that reads dout once and writes those of dresidual, dz and the sums of columns that have a name."""
     batch, m, n = dout.shape
-    block_m, block_n = _shrink(ELEMENTWISE_ROWS, m), _shrink(ELEMENTWISE_COLS, n)
+    block_m, block_n = _shrink("rows", ELEMENTWISE_ROWS, m), _shrink("cols", ELEMENTWISE_COLS, n)
     outputs = tuple(name for name in written.values() if name)
     return Launch(
         _dz,
@@ -343,7 +345,7 @@ def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | Non
             "ACTIVATION": activation,
             "WRITES_DRESIDUAL": written["dresidual"] is not None,
             "WRITES_DZ": written["dz"] is not None,
-            "WIDE": _wide((dout, block_m, block_n)),
+            "WIDE": _wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
         },
@@ -354,7 +356,7 @@ def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | Non
 def _sum_launch(sums: Array) -> Launch:
     """The launch that adds the sums of columns [batch, tiles, n] into dbias."""
     batch, tiles, n = sums.shape
-    block_m, block_n = _shrink(ELEMENTWISE_ROWS, tiles), _shrink(ELEMENTWISE_COLS // 2, n)
+    block_m, block_n = _shrink("rows", ELEMENTWISE_ROWS, tiles), _shrink("cols", ELEMENTWISE_COLS // 2, n)
     return Launch(
         _sum_tiles,
         (batch * triton.cdiv(n, block_n),),
@@ -375,8 +377,10 @@ def _transposed(array: Array) -> Array:
     return Array((batch, cols, rows), array.dtype, (batch_stride, col, row))
 
 
-def _shrink(block: int, size: int) -> int:
-    """The block, no larger than the array needs; `tl.dot` wants at least 16."""
+def _shrink(name: str, block: int, size: int) -> int:
+    """The block, no larger than the array needs. Triton's tiles are powers of two, and `tl.dot` wants at least 16."""
+    if block < 16 or block & (block - 1):
+        raise ValueError(f"config: {name} is {block}; it must be a power of two, and at least 16")
     return min(block, max(16, triton.next_power_of_2(size)))
 
 
@@ -389,4 +393,4 @@ def _strides(name: str, array: Array | None, axes: int) -> dict[str, int]:
 
 def _wide(*tiles: tuple[Array, int, int]) -> bool:
     """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
-    return needs_wide_offsets((rows, cols, *array.strides[1:]) for array, rows, cols in tiles)
+    return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from .targets import Target
+from .targets import MIB, Target
 
 SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
 LOG2_E = 1.4426950408889634
@@ -34,7 +34,7 @@ def interpreter(params: Any) -> Iterator[None]:
         _interpreter.reset(token)
 
 
-def call_params(target: Target, dimension_semantics: Sequence[str]) -> dict[str, Any]:
+def call_params(target: Target, dimension_semantics: Sequence[Literal["parallel", "arbitrary"]]) -> dict[str, Any]:
     """The arguments of `pallas_call` that depend on the target: an interpreter, or the compiler's limits."""
     if target.interpreted:
         return {"interpret": _interpreter.get()}
@@ -67,12 +67,18 @@ def fit_block(name: str, block: int, size: int, target: Target) -> int:
     return round_up(-(-size // count), unit)
 
 
-def stretch(size: int, block: int, row_bytes: int, target: Target) -> tuple[int, int]:
-    """Cut rows that a kernel walks block by block into stretches that fit VMEM, each of which takes row_bytes a row.
+def stretch_room(other_bytes: int, target: Target) -> int:
+    """The VMEM for the rows that a kernel walks, beside other_bytes that it needs in any case."""
+    if target.interpreted:
+        return 2**17  # several stretches even in a short test
+    return min(vmem_budget(target) // 2, vmem_budget(target) - MIB - other_bytes)
+
+
+def stretch(size: int, block: int, row_bytes: int, room: int) -> tuple[int, int]:
+    """Cut rows that a kernel walks block by block into even stretches of at most `room` bytes, a block at least.
 
     Returns the length of a stretch and how many there are; their product is the length to pad to.
     """
-    room = 2**17 if target.interpreted else vmem_budget(target) // 2
     blocks = -(-size // block)
     count = -(-blocks // max(1, room // (row_bytes * block)))
     return -(-blocks // count) * block, count

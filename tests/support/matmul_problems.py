@@ -1,4 +1,4 @@
-"""Matmul problems for the kernels' tests: sizes and options, arrays laid out in memory in every way, and the answers."""
+"""Matmul problems for the kernels' tests: sizes and options, arrays in every layout, and the answers."""
 
 from __future__ import annotations
 

@@ -182,6 +182,13 @@ def test_compiles_to_matrix_instructions_without_spills(target):
         assert over_budget(facts, target) == (), facts
 
 
+@pytest.mark.parametrize("config", [MatmulConfig(48, 32, 32), MatmulConfig(32, 32, 8)])
+def test_tiles_that_triton_cannot_have(config):
+    arrays = native(Problem())
+    with pytest.raises(ValueError, match=r"config: block_. is \d+; it must be a power of two"):
+        forward(Problem().spec, arrays, config)
+
+
 def test_supports():
     assert kernels.supports(MatmulSpec("float16", "float32"), INTERPRET, True) == ()
     assert kernels.supports(MatmulSpec("bfloat16", "bfloat16"), get_target("sm_90"), True) == ()

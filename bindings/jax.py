@@ -6,6 +6,7 @@ kernels go through jax-triton on a GPU, and through a host callback into the int
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -182,8 +183,7 @@ def _run_on_gpu(
 
 def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ...]:
     """Each launch as a jax-triton call. All numbers are constants here, as JAX's shapes are."""
-    import jax_triton
-
+    jax_triton = _jax_triton()
     memory = dict(arrays)
     described = {**plan.outputs, **plan.scratch}
     for launch in plan.launches:
@@ -205,6 +205,18 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
         )
         memory.update(zip(launch.outputs, results, strict=True))
     return tuple(memory[name] for name in plan.outputs)
+
+
+def _jax_triton() -> Any:
+    """jax-triton, whose import switches off Triton's cache of compiled kernels, without which torch cannot launch."""
+    folder = os.environ.get("TRITON_CACHE_DIR")
+    import jax_triton
+
+    if folder is None:
+        os.environ.pop("TRITON_CACHE_DIR", None)
+    else:
+        os.environ["TRITON_CACHE_DIR"] = folder
+    return jax_triton
 
 
 def _parameter(launch: Any, position: int) -> str:

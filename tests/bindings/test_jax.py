@@ -1,6 +1,8 @@
 """JAX: jit, grad, vmap and export of every implementation, and the lowering for chips that are not here."""
 
+import os
 import re
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,6 +13,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 KERNELS = ["numpy", "triton", "pallas"]
+needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 @pytest.fixture(params=KERNELS)
@@ -111,12 +114,12 @@ def test_export_for_tpu_holds_the_kernels(chip):
     with crosstile.target(chip):
         exported = jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2))), platforms=["tpu"])(struct, struct, struct)
     assert exported.platforms == ("tpu",)
-    assert exported.mlir_module().count("tpu_custom_call") >= 3
+    assert exported.mlir_module().count("tpu_custom_call") == 2  # the forward, and all gradients in one kernel
 
 
+@needs_jax_triton
 @pytest.mark.parametrize(("chip", "capability"), [("sm_80", 80), ("sm_90", 90), ("sm_100", 100)])
 def test_jax_reaches_the_triton_kernels_of_a_gpu(chip, capability):
-    pytest.importorskip("jax_triton", reason="jax-triton lowers for CUDA")
     struct = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.float16)
 
     def loss(q, k, v):
@@ -124,12 +127,13 @@ def test_jax_reaches_the_triton_kernels_of_a_gpu(chip, capability):
 
     with crosstile.target(chip):
         lowered = jax.jit(jax.grad(loss, (0, 1, 2))).trace(struct, struct, struct).lower(lowering_platforms=("cuda",))
+    assert os.environ.get("TRITON_CACHE_DIR") != ""  # jax-triton empties it when imported, and torch needs it
     text = lowered.as_text()
     assert len(re.findall(r"custom_call @\"?triton_kernel_call", text)) == 4  # forward, delta, dk and dv, dq
 
 
+@needs_jax_triton
 def test_matmul_lowers_for_cuda():
-    pytest.importorskip("jax_triton", reason="jax-triton lowers for CUDA")
     a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 128), (128, 256)))
     bias = jax.ShapeDtypeStruct((256,), jnp.bfloat16)
     with crosstile.target("sm_90"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -62,9 +63,9 @@ class TorchSide:
     def attention(self, q: Any, k: Any, v: Any, visible: np.ndarray) -> Any:
         import torch
 
-        heads_first = (array.transpose(1, 2) for array in (q, k, v))
+        q, k, v = (array.transpose(1, 2) for array in (q, k, v))
         mask = torch.from_numpy(visible)
-        out = torch.nn.functional.scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
         return out.transpose(1, 2)
 
     def activate(self, name: str | None, x: Any) -> Any:
@@ -154,8 +155,9 @@ class AttentionCase:
         named = {"out": out, **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
         return {name: side.to_numpy(array) for name, array in named.items()}
 
-    def public(self, q: Any, k: Any, v: Any, implementation: str) -> Any:
-        return crosstile.attention(q, k, v, causal=self.causal, implementation=implementation)
+    def public(self, implementation: str) -> Callable[..., Any]:
+        """crosstile's op with that implementation."""
+        return partial(crosstile.attention, causal=self.causal, implementation=implementation)
 
     def own(self, side: Frameworks) -> Callable[..., Any]:
         """The framework's own op."""
@@ -189,10 +191,11 @@ class MatmulCase:
         from crosstile.kernels.matmul.spec import MatmulSpec
 
         spec = MatmulSpec("float64", "float64", self.activation, save_preactivation=True)
-        inputs = tuple(arrays[name][None] for name in _OPERANDS)
-        outputs = reference.forward(spec, *inputs)
-        gradients = reference.backward(spec, inputs, outputs, (arrays["dout"][None], None))
-        return {"out": outputs[0][0], **{f"d{name}": grad[0] for name, grad in zip(_OPERANDS, gradients, strict=True)}}
+        a, b, bias, residual = (arrays[name][None] for name in _OPERANDS)
+        outputs = reference.forward(spec, a, b, bias, residual)
+        gradients = reference.backward(spec, (a, b, bias, residual), outputs, (arrays["dout"][None], None))
+        named = {f"d{name}": grad[0] for name, grad in zip(_OPERANDS, gradients, strict=True) if grad is not None}
+        return {"out": outputs[0][0], **named}
 
     def run(self, side: Frameworks, arrays: Arrays, function: Callable[..., Any]) -> dict[str, np.ndarray]:
         """The same from a framework."""
@@ -200,10 +203,14 @@ class MatmulCase:
         named = {"out": out, **{f"d{name}": grad for name, grad in zip(_OPERANDS, gradients, strict=True)}}
         return {name: side.to_numpy(array) for name, array in named.items()}
 
-    def public(self, a: Any, b: Any, bias: Any, residual: Any, implementation: str) -> Any:
-        return crosstile.matmul(
-            a, b, bias=bias, activation=self.activation, residual=residual, implementation=implementation
-        )
+    def public(self, implementation: str) -> Callable[..., Any]:
+        """crosstile's op with that implementation."""
+
+        def matmul(a: Any, b: Any, bias: Any, residual: Any) -> Any:
+            rest = {"activation": self.activation, "residual": residual, "implementation": implementation}
+            return crosstile.matmul(a, b, bias=bias, **rest)
+
+        return matmul
 
     def own(self, side: Frameworks) -> Callable[..., Any]:
         """The framework's own ops."""
@@ -211,6 +218,8 @@ class MatmulCase:
 
 
 Case = AttentionCase | MatmulCase
+
+QUICK = ("causal, grouped, d 40", "silu, 37×80→51")
 
 CASES: tuple[Case, ...] = (
     AttentionCase(

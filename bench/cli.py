@@ -78,6 +78,7 @@ def verify_command(
     """Check every kernel against NumPy in float64, forward and backward, in interpret mode on this CPU."""
     _on_this_cpu()
     from . import verify
+    from .cases import CASES
     from .progress import bars
 
     console = _console()
@@ -86,7 +87,7 @@ def verify_command(
     ops = _known(op, "--op", ["attention", "matmul"])
     try:
         with bars(console) as progress:
-            checks = verify.verify(frameworks, kernels, ops, progress)
+            checks = verify.verify(frameworks, kernels, [case for case in CASES if case.op in ops], progress)
     except verify.MissingError as error:
         _stop(str(error))
     verify.show(checks, console)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
 from crosstile.kernels.tiles.targets import get_target
 
 from . import pool
-from .facts import over_budget
+from .facts import has_matrix_instructions, over_budget
 from .pool import Outcome
 from .programs import Job
 
@@ -54,6 +55,8 @@ class CompileReport:
                 found.append(f"{outcome.job}: the compiler refused. {outcome.error}")
             elif not outcome.kernels:
                 found.append(f"{outcome.job}: compiled to no kernel at all")
+            elif _multiplies_by_hand(outcome):
+                found.append(f"{outcome.job}: not one of its kernels uses the matrix units")
             for facts in outcome.kernels:
                 reasons = over_budget(facts, outcome.job.target)
                 found += [f"{outcome.job}: {facts.kernel} ({facts.tiles}): {reason}" for reason in reasons]
@@ -78,6 +81,12 @@ class CompileReport:
                 for outcome in self.outcomes
             ],
         }
+
+
+def _multiplies_by_hand(outcome: Outcome) -> bool:
+    """Every op here multiplies matrices, so that one of its kernels must do it where the chip does."""
+    matrix = any(any(facts.matrix.values()) for facts in outcome.kernels)
+    return not matrix and has_matrix_instructions(get_target(outcome.job.target).platform, outcome.job.dtype)
 
 
 def check_compilers(targets: Sequence[str]) -> None:
@@ -119,7 +128,7 @@ def show(report: CompileReport, console: Console) -> None:
     console.print(_table(report))
     failures = report.failures
     for sentence in failures:
-        console.print(f"[red]fails[/] {sentence}", highlight=False, soft_wrap=True)
+        console.print(f"[red]fails[/] {escape(sentence)}", highlight=False, soft_wrap=True)
     kernels = sum(len(outcome.kernels) for outcome in report.outcomes)
     chips = len({outcome.job.target for outcome in report.outcomes})
     verdict = f"[red]{len(failures)} fail[/]" if failures else "[green]all within budget[/]"
@@ -142,7 +151,7 @@ def _table(report: CompileReport) -> Table:
 
 def rows(report: CompileReport) -> list[tuple[str, ...]]:
     """The cells of the table: target, op, direction, shape, kernel, tiles, then the facts as text."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for outcome in report.outcomes:
         job = outcome.job
         lead = (job.target, job.op, job.direction, job.shape)

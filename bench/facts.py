@@ -53,7 +53,8 @@ def over_budget(facts: KernelFacts, target_name: str) -> tuple[str, ...]:
         unit = "MXU" if target.is_tpu else "tensor-core"
         found.append(f"no {unit} instruction, though it multiplies {facts.dot_dtype}")
     if facts.spills:
-        found.append(f"{facts.spills} register spills")
+        scalars = facts.notes.get("scalar_register_spills")
+        found.append(f"{facts.spills} register spills" + (f", {scalars} of them of scalars" if scalars else ""))
     elif facts.local_bytes:
         found.append(f"{facts.local_bytes} bytes of private memory per thread")
     if facts.on_chip_bytes > target.on_chip_bytes:
@@ -66,7 +67,12 @@ def over_budget(facts: KernelFacts, target_name: str) -> tuple[str, ...]:
 
 
 def _lacks_matrix_instructions(facts: KernelFacts, platform: str) -> bool:
-    """Half-precision dots belong on the matrix units everywhere; float32 dots have none to go to on NVIDIA."""
-    if not facts.dot_dtype or sum(facts.matrix.values()):
+    """Products belong on the matrix units, where there are some for their dtype: NVIDIA has none for float32."""
+    if not facts.dot_dtype or any(facts.matrix.values()):
         return False
-    return platform != "cuda" or facts.dot_dtype in MATRIX_DTYPES
+    return has_matrix_instructions(platform, facts.dot_dtype)
+
+
+def has_matrix_instructions(platform: str, dtype: str) -> bool:
+    """Whether products of that dtype have matrix units to go to."""
+    return platform != "cuda" or dtype in MATRIX_DTYPES

@@ -88,6 +88,7 @@ def specialise(
     constants: dict[str, object] = {}
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for parameter in launch.kernel.params:
+        hints: list[list[object]]
         if parameter.is_constexpr:
             kind, constant, hints = "constexpr", _constant(launch, parameter), []
         else:

@@ -96,6 +96,7 @@ def read_amdgcn(text: str) -> MachineCode:
         notes={
             "accumulation_registers": _metadata(text, "agpr_count"),
             "scalar_registers": _metadata(text, "sgpr_count"),
+            "scalar_register_spills": _metadata(text, "sgpr_spill_count"),
         },
     )
 

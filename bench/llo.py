@@ -58,7 +58,7 @@ def read_dump(folder: Path) -> tuple[Schedule, ...]:
         match = _ANALYSIS.fullmatch(path.name)
         text = path.read_text(errors="replace")
         if match and 'custom_call_target="tpu_custom_call"' in text and match.group(2) != "TLP":
-            found.append(_schedule(folder, *match.groups(), text, vmem))
+            found.append(_schedule(folder, match.group(1), match.group(2), text, vmem))
     return tuple(found)
 
 

@@ -110,19 +110,21 @@ def spec_of(job: Job) -> Any:
 
 
 def tiles_by_kernel(job: Job) -> Callable[[str], str]:
-    """A TPU kernel's tiles from its name: the configuration's field that the name ends in, else the whole of it."""
+    """A TPU kernel's tiles from its name: of the configuration's field that the name ends in, else of every field."""
     config = _tiles_of(job).choose_config(spec_of(job), get_target(job.target))
+    parts = {name: _blocks(part) for name, part in vars(config).items() if hasattr(part, "__dict__")}
 
     def tiles(kernel: str) -> str:
-        for name, part in vars(config).items():
-            if kernel.endswith(name) and hasattr(part, "__dict__"):
-                return _show(part)
-        return _show(config)
+        for name, blocks in parts.items():
+            if kernel.endswith(name):
+                return blocks
+        others = {blocks for name, blocks in parts.items() if name != "forward"}
+        return "; ".join(sorted(others)) or _blocks(config)
 
     return tiles
 
 
-def _show(config: Any) -> str:
+def _blocks(config: Any) -> str:
     parts = [(name.removeprefix("block_"), value) for name, value in vars(config).items() if name.startswith("block_")]
     return ", ".join(f"{name} {value}" for name, value in parts)
 

@@ -39,12 +39,11 @@ def environment(dump: Path) -> dict[str, str]:
 
 
 def compile_program(
-    program: Callable[..., Any], arguments: Sequence[Any], target_name: str, dot_dtype: str, tiles: Callable[[str], str]
+    program: Callable[..., Any], arguments: Sequence[Any], target_name: str, tiles: Callable[[str], str]
 ) -> tuple[KernelFacts, ...]:
     """The facts of every Pallas kernel in `program(*arguments)`; arguments are trees of ShapeDtypeStruct.
 
-    Every kernel is expected to multiply `dot_dtype`; `tiles` names a kernel's tiles from its name. Raises whatever the
-    compiler does where it refuses.
+    `tiles` names a kernel's tiles from its name. Raises whatever the compiler does where it refuses.
     """
     import jax
 
@@ -54,11 +53,44 @@ def compile_program(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_chip(target_name)), tuple(arguments)
     )
     started = time.perf_counter()
-    jax.jit(program).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
+    traced = jax.jit(program).trace(*placed)
+    traced.lower(lowering_platforms=("tpu",)).compile()
     seconds = time.perf_counter() - started
     schedules = read_dump(dump)
     _empty(dump)
-    return tuple(_facts(schedule, dot_dtype, tiles(schedule.name), seconds / len(schedules)) for schedule in schedules)
+    dots = _kernels(traced.jaxpr.jaxpr)
+    return tuple(
+        _facts(schedule, dots.get(schedule.name, "unknown"), tiles(schedule.name), seconds / len(schedules))
+        for schedule in schedules
+    )
+
+
+def _kernels(program: Any) -> dict[str, str]:
+    """The dtype that each Pallas kernel of a jaxpr multiplies, by the kernel's name; "" where it has no product."""
+    from jax.extend.core import jaxprs_in_params
+
+    found: dict[str, str] = {}
+    for equation in program.eqns:
+        if equation.primitive.name == "pallas_call":
+            name = equation.params["name"]
+            found[name] = found.get(name) or _dot_dtype(equation.params["jaxpr"])
+        else:
+            for inner in jaxprs_in_params(equation.params):
+                found |= {name: dtype or found.get(name, "") for name, dtype in _kernels(inner).items()}
+    return found
+
+
+def _dot_dtype(kernel: Any) -> str:
+    """The dtype of the first product in a kernel's jaxpr, in its loops and branches too."""
+    from jax.extend.core import jaxprs_in_params
+
+    for equation in kernel.eqns:
+        if equation.primitive.name == "dot_general":
+            return str(equation.invars[0].aval.dtype)
+        for inner in jaxprs_in_params(equation.params):
+            if dtype := _dot_dtype(inner):
+                return dtype
+    return ""
 
 
 def _facts(schedule: Schedule, dot_dtype: str, tiles: str, seconds: float) -> KernelFacts:

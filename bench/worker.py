@@ -14,7 +14,7 @@ import sys
 from typing import Any, TextIO
 
 from .facts import KernelFacts
-from .programs import Job, gpu_plan, spec_of, tiles_by_kernel, tpu_program
+from .programs import Job, gpu_plan, tiles_by_kernel, tpu_program
 
 
 def compile_job(job: Job) -> tuple[KernelFacts, ...]:
@@ -29,7 +29,7 @@ def compile_job(job: Job) -> tuple[KernelFacts, ...]:
     from .tpu import compile_program
 
     program, arguments = tpu_program(job)
-    return compile_program(program, arguments, job.target, spec_of(job).dtype, tiles_by_kernel(job))
+    return compile_program(program, arguments, job.target, tiles_by_kernel(job))
 
 
 def answer(line: str) -> dict[str, Any]:

@@ -79,6 +79,17 @@ def test_a_refusal_fails_with_the_compilers_message(monkeypatch: pytest.MonkeyPa
     assert "the compiler refused. RuntimeError: Ran out of memory in VMEM" in result.output
 
 
+def test_an_op_that_multiplies_by_hand_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_hand = KernelFacts("forward", "q 64", 100, {}, "", 0, 1024)
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of(by_hand, by_hand))
+    command = ["compile", "--target", "v6e", "--shape", "llama-3-8b-decode"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "not one of its kernels uses the matrix units" in result.output
+    command = ["compile", "--target", "sm_80", "--shape", "llama-3-8b-decode", "--dtype", "float32"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def test_no_kernel_at_all_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling.pool, "run", outcomes_of())
     result = CliRunner().invoke(app, ["compile", "--target", "v4", "--shape", "llama-3-8b-decode"])

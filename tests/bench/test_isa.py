@@ -53,4 +53,4 @@ def test_amdgcn_reads_metadata() -> None:
     assert code.registers == 84
     assert code.local_bytes == 24
     assert code.instructions == 5
-    assert code.notes == {"accumulation_registers": 16, "scalar_registers": 40}
+    assert code.notes == {"accumulation_registers": 16, "scalar_registers": 40, "scalar_register_spills": 2}

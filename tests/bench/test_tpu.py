@@ -24,14 +24,25 @@ from crosstile.bench.tpu import compile_program
 def scale(x, out):
     out[...] = x[...] * 2
 
-def program(x):
-    return pl.pallas_call(scale, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="scale")(x)
+def multiply(x, out):
+    def step(index, total):
+        return total + jnp.dot(x[...], x[...], preferred_element_type=jnp.float32)
+    out[...] = jax.lax.fori_loop(0, 3, step, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
-for size in (256, 4096):
+def call(kernel, x):
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name=kernel.__name__)(x)
+
+def good(x):
+    return call(scale, jax.jit(lambda y: call(multiply, y))(x))
+
+def too_large(x):
+    return call(scale, x)
+
+for program, size in ((good, 256), (too_large, 4096)):
     try:
         shape = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
-        [facts] = compile_program(program, [shape], "v5e", "bfloat16", lambda kernel: "none")
-        print(facts.kernel, facts.instructions > 0, facts.on_chip_bytes, *over_budget(facts, "v5e"))
+        for facts in compile_program(program, [shape], "v5e", lambda kernel: "none"):
+            print(facts.kernel, facts.dot_dtype or "none", *facts.matrix, *over_budget(facts, "v5e"))
     except Exception as error:
         print("refused", "vmem" in str(error).lower())
 """
@@ -49,13 +60,13 @@ def test_a_real_kernel_uses_the_mxu_and_says_what_it_takes() -> None:
     assert over_budget(facts, "v6e") == ()
 
 
-def test_a_kernel_without_the_mxu_fails_and_a_refusal_is_told(tmp_path: Path) -> None:
+def test_products_spills_and_refusals_are_told(tmp_path: Path) -> None:
     environ = {**os.environ, **environment(tmp_path / "llo")}
     child = subprocess.run([sys.executable, "-c", CHILD], env=environ, capture_output=True, text=True, check=True)
-    small, large = child.stdout.splitlines()
-    assert small.startswith("scale True ")
-    assert small.endswith("no MXU instruction, though it multiplies bfloat16")
-    assert large == "refused True"
+    multiply, refused, scale = sorted(child.stdout.splitlines())
+    assert multiply.startswith("multiply bfloat16 vmatmul.bf16")
+    assert multiply.endswith("register spills"), "a tile of 256 by 256 in float32 is more than the registers hold"
+    assert (refused, scale) == ("refused True", "scale none")
 
 
 def test_a_worker_that_hangs_costs_its_job_alone() -> None:

@@ -1,5 +1,7 @@
 """The error table: its measure, and that it catches what is wrong."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -42,9 +44,10 @@ def test_the_framework_s_own_op_passes(case: AttentionCase | MatmulCase) -> None
 def test_a_wrong_attention_does_not_pass(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import crosstile
 
-    def wrong(self, q, k, v, implementation):
-        change = {"scale": {"scale": 0.36, "causal": True}, "causal": {"causal": False}}[mutation]
-        return crosstile.attention(q, k, v, **change)
+    change = {"scale": {"scale": 0.36, "causal": True}, "causal": {"causal": False}}[mutation]
+
+    def wrong(self, implementation):
+        return partial(crosstile.attention, implementation=implementation, **change)
 
     monkeypatch.setattr(AttentionCase, "public", wrong)
     assert not any(check.passes for check in verify.check(ATTENTION, TorchSide(), "library", "float32"))

@@ -25,7 +25,7 @@ from .config import Config
 from .data import VOCAB_SIZE, Corpus, batch_at, held_out_batches, standard_library
 from .run import Run
 
-STEPS, BATCH, SEQ, LEARNING_RATE = 600, 8, 128, 5e-3
+STEPS, BATCH, SEQ, LEARNING_RATE = 600, 8, 128, 4e-3
 WARMUP = 50  # steps
 EVALUATE_EVERY = CHECKPOINT_EVERY = 100  # steps
 _EVALUATED = 16  # batches of held-out text

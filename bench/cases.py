@@ -141,13 +141,14 @@ class AttentionCase:
     def reference(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The result and the gradients in float64."""
         from crosstile.kernels.attention import reference
-        from crosstile.kernels.attention.spec import AttentionSpec
+        from crosstile.kernels.attention.spec import INPUTS, AttentionSpec
 
         spec = AttentionSpec("float64", self.head_dim, self.head_dim, causal=self.causal)
         inputs = (arrays["q"], arrays["k"], arrays["v"])
         outputs = reference.forward(spec, *inputs)
         gradients = reference.backward(spec, inputs, outputs, (arrays["dout"], None))
-        return {"out": outputs[0], **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}
+        named = {f"d{name}": grad for name, grad in zip(INPUTS, gradients, strict=True) if grad is not None}
+        return {"out": outputs[0], **named}
 
     def run(self, side: Frameworks, arrays: Arrays, function: Callable[..., Any]) -> dict[str, np.ndarray]:
         """The same from a framework."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import sqrt
 
 import numpy as np
 from rich.console import Console
@@ -86,12 +87,18 @@ def check(case: Case, side: Frameworks, kernel: str, dtype: str) -> Iterator[Che
         yield Check(case.op, case.name, side.name, kernel, direction, dtype, error, multiple)
 
 
-def compare(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray, dtype: str) -> tuple[float, float]:
-    """(max-relative error, multiple of the allowed); infinite where shapes, NaN, or an infinity and its sign differ."""
-    if ours.shape != exact.shape or np.isnan(ours).any() or (_infinities(ours) != _infinities(exact)).any():
+def compare(ours: np.ndarray, theirs: np.ndarray, exact: np.ndarray, dtype: str, terms: int = 1) -> tuple[float, float]:
+    """(max-relative error, multiple of the allowed); infinite where shapes or infinities differ, or one has a NaN.
+
+    terms: of how many each value is a sum beyond those of the op itself, as a bias's gradient is over what it was
+    broadcast to. Their rounding adds up as the square root of their number.
+    """
+    if ours.shape != exact.shape or np.isnan(ours).any() or np.isnan(exact).any():
         return float("inf"), float("inf")
-    floor = 0.5 * EPSILON[dtype] + 4 * EPSILON["float32"]
-    own_max, own_rms = (min(error, _LARGEST_OWN * EPSILON[dtype]) for error in _errors(theirs, exact))
+    if (_infinities(ours) != _infinities(exact)).any():
+        return float("inf"), float("inf")
+    floor = 0.5 * EPSILON[dtype] + 4 * sqrt(terms) * EPSILON["float32"]
+    own_max, own_rms = (min(error, _LARGEST_OWN * sqrt(terms) * EPSILON[dtype]) for error in _errors(theirs, exact))
     our_max, our_rms = _errors(ours, exact)
     return our_max, max(our_max / (2 * own_max + floor), our_rms / (2 * own_rms + floor))
 

@@ -1,30 +1,54 @@
 """Attention by the framework's own op: torch's `scaled_dot_product_attention`, XLA's `dot_product_attention`.
 
-Differentiable as the framework differentiates it. The logsumexp, and the lengths that the framework's op aligns
-otherwise (it is causal from the top left), are built from smaller ops.
+Differentiable as the framework differentiates it. Masks and biases reach the framework's op as one array, built here;
+what that op cannot do (the logsumexp, sinks, other changes of the scores) is built from smaller ops.
 """
 
 from __future__ import annotations
 
+from math import inf
 from typing import Any
 
-from .spec import AttentionSpec
+from ..tiles.expressions import SCORE, Expression, functions_of, leaves
+from . import library_dense as dense
+from . import library_packed as packed
+from .library_dense import Framework
+from .spec import AttentionInputs, AttentionSpec
 
 
-def forward(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+def forward(spec: AttentionSpec, q: Any, k: Any, v: Any, *others: Any) -> tuple[Any, Any]:
     """out and, where the spec asks for it, lse."""
-    if type(q).__module__.startswith("torch") or not hasattr(q, "aval"):
-        return _torch(spec, q, k, v)
-    return _jax(spec, q, k, v)
+    in_torch = type(q).__module__.startswith("torch") or not hasattr(q, "aval")
+    if _is_plain(spec, *others) and k.shape[1]:
+        if in_torch:
+            return _torch(spec, q, k, v), None
+        if spec.v_dim == spec.head_dim and (not spec.causal or q.shape[1] == k.shape[1]):
+            return _jax(spec, q, k, v), None
+    return _forward(_torch_framework(q) if in_torch else _jax_framework(), spec, AttentionInputs(q, k, v, *others))
 
 
-def _torch(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+def _is_plain(
+    spec: AttentionSpec,
+    q_lengths: Any = None,
+    kv_lengths: Any = None,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    sinks: Any = None,
+    *planes: Any,
+) -> bool:
+    """Whether the call has nothing but q, k, v, a scale and causality; what nothing reads does not count."""
+    return (
+        not spec.return_lse
+        and spec.score is spec.mask is spec.window_left is spec.window_right is None
+        and q_lengths is kv_lengths is cu_seqlens_q is sinks is None
+    )
+
+
+def _torch(spec: AttentionSpec, q: Any, k: Any, v: Any) -> Any:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
     q_len, kv_len = q.shape[1], k.shape[1]
-    if spec.return_lse or not kv_len:
-        return _torch_with_lse(spec, q, k, v)
     grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210 (a bool, where torch.compile has a SymBool)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if not spec.causal or q_len == 1:
@@ -39,46 +63,91 @@ def _torch(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
     else:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=q.device).tril(kv_len - q_len)
         out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
-    return out.transpose(1, 2), None
+    return out.transpose(1, 2)
 
 
-def _torch_with_lse(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+def _jax(spec: AttentionSpec, q: Any, k: Any, v: Any) -> Any:
+    import jax
+
+    return jax.nn.dot_product_attention(q, k, v, scale=spec.softmax_scale, is_causal=spec.causal)
+
+
+def _forward(framework: Framework, spec: AttentionSpec, arrays: AttentionInputs) -> tuple[Any, Any]:
+    """A call that has more: by the framework's op if it is nothing but masks and a bias."""
+    if arrays.cu_seqlens_q is not None:
+        return packed.pack(framework, arrays, *_forward(framework, spec, packed.unpack(framework, spec, arrays)))
+    if spec.return_lse or arrays.sinks is not None or not arrays.k.shape[1]:
+        return dense.attend(framework, spec, arrays)
+    added = None if spec.score is None else _added(spec.score)
+    own = _torch_masked if framework.xp.__name__ == "torch" else _jax_masked
+    if (spec.score is not None and added is None) or not _fits(own, spec, arrays, added):
+        return dense.attend(framework, spec, arrays)
+    values = dense.readable(framework, spec, arrays)
+    seen, bias = dense.visible(framework, spec, arrays, values), None
+    if added is not None and added[0] == "plane":
+        bias = arrays.planes[added[1]]  # in its own type
+        seen = seen & (bias != -inf)
+    elif added is not None:
+        bias, seen = dense.evaluated(framework, spec, added, values, seen)
+    q = dense.queries_seeing(framework.xp, seen, arrays.q)
+    k, v = (dense.keys_seen(framework.xp, seen, array) for array in (arrays.k, arrays.v))
+    return dense.queries_seeing(framework.xp, seen, own(spec, q, k, v, seen, bias)), None
+
+
+def _fits(own: Any, spec: AttentionSpec, arrays: AttentionInputs, added: Expression | None) -> bool:
+    """Whether the framework's op takes these arrays as exactly as smaller ops do."""
+    if own is _jax_masked:
+        return spec.v_dim == spec.head_dim and spec.dtype != "float64"  # its softmax is in float32
+    if added is None or spec.dtype in ("float32", "float64"):
+        return True
+    return added[0] == "plane" and bool(arrays.planes[added[1]].dtype == arrays.q.dtype)  # it wants a bias in q's type
+
+
+def _torch_masked(spec: AttentionSpec, q: Any, k: Any, v: Any, seen: Any, bias: Any) -> Any:
+    """A query that sees nothing is let see everything, lest its softmax be NaN; the caller takes its result away."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    sees = seen.any(dim=3, keepdim=True)
+    mask = seen | ~sees if bias is None else torch.where(seen, bias, torch.where(sees, -inf, 0.0)).to(q.dtype)
+    grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210 (as above)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=spec.scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _jax_masked(spec: AttentionSpec, q: Any, k: Any, v: Any, seen: Any, bias: Any) -> Any:
+    """A query that sees nothing gives a mean; the caller takes it away."""
+    import jax
+
+    bias = None if bias is None else jax.numpy.where(seen, bias, 0)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=seen, scale=spec.softmax_scale)
+
+
+def _added(score: Expression) -> Expression | None:
+    """What the expression adds to the score; None if it does anything else."""
+    if score[0] == "sub":
+        score = ("add", score[1], ("neg", score[2]))
+    if score[0] != "add":
+        return None
+    first, second = sorted(score[1:], key=lambda part: SCORE not in leaves(part))
+    if SCORE in leaves(second):
+        return None
+    if first == SCORE:
+        return second
+    deeper = _added(first)
+    return None if deeper is None else ("add", deeper, second)
+
+
+def _torch_framework(q: Any) -> Framework:
     import torch
 
-    group = q.shape[2] // k.shape[2]
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    k, v = (array.repeat_interleave(group, dim=2) for array in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q.to(wide), k.to(wide)) * spec.softmax_scale
-    if spec.causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(k.shape[1] - q.shape[1] + 1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    lse = torch.logsumexp(scores, dim=-1) if scores.shape[-1] else scores.new_full(scores.shape[:-1], float("-inf"))
-    blind = lse == float("-inf")
-    weights = torch.exp(scores - lse.masked_fill(blind, 0)[..., None])
-    return torch.einsum("bhij,bjhd->bihd", weights.to(v.dtype), v), lse
+    from ..tiles.torch_functions import functions_of_torch
+
+    return Framework(torch, functions_of_torch, torch.Tensor.detach, {"device": q.device})
 
 
-def _jax(spec: AttentionSpec, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+def _jax_framework() -> Framework:
     import jax
-    import jax.numpy as jnp
 
-    q_len, kv_len = q.shape[1], k.shape[1]
-    square = spec.v_dim == spec.head_dim and (not spec.causal or q_len == kv_len)
-    if not spec.return_lse and kv_len and square:
-        return jax.nn.dot_product_attention(q, k, v, scale=spec.softmax_scale, is_causal=spec.causal), None
-
-    group = q.shape[2] // k.shape[2]
-    grouped = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3])
-    scores = jnp.einsum("bihgd,bjhd->bhgij", grouped, k, preferred_element_type=jnp.float32) * spec.softmax_scale
-    if spec.causal:
-        seen = jnp.arange(kv_len) <= jnp.arange(q_len)[:, None] + (kv_len - q_len)
-        scores = jnp.where(seen, scores, -jnp.inf)
-    peak = jnp.max(scores, axis=-1, initial=-jnp.inf, keepdims=True)
-    peak = jax.lax.stop_gradient(jnp.where(jnp.isneginf(peak), 0, peak))
-    weights = jnp.exp(scores - peak)
-    total = weights.sum(axis=-1, keepdims=True)
-    blind = total == 0
-    weights = weights / jnp.where(blind, 1, total)
-    out = jnp.einsum("bhgij,bjhd->bihgd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    lse = jnp.where(blind, -jnp.inf, peak + jnp.log(jnp.where(blind, 1, total)))[..., 0]
-    return out.reshape(*q.shape[:3], v.shape[3]).astype(q.dtype), lse.reshape(*lse.shape[:1], -1, q_len)
+    return Framework(jax.numpy, lambda: functions_of(jax.numpy), jax.lax.stop_gradient, {})

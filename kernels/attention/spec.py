@@ -2,6 +2,9 @@
 
 Shapes: q `[batch, q_len, q_heads, head_dim]`, k `[batch, kv_len, kv_heads, head_dim]`, v `[batch, kv_len, kv_heads,
 v_dim]`; out `[batch, q_len, q_heads, v_dim]` in q's dtype, lse float32 `[batch, q_heads, q_len]` (natural logarithm).
+
+A call's softcap, bias, mask, segment ids and mods reach a kernel as two expressions, of the score and of what a query
+sees, and as planes, the arrays that the expressions read (`kernels/tiles/expressions.py`).
 """
 
 from __future__ import annotations
@@ -9,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
+from ..tiles.expressions import Expression
+
+MAX_PLANES = 6
 FACTS = ("dtype", "head_dim", "v_dim")
-OPTIONAL = ()
-MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,15 @@ class AttentionSpec:
         dtype: of q, k, v and the result: "float32", "float16" or "bfloat16" (NumPy also "float64").
         head_dim: the last dimension of q and k.
         v_dim: the last dimension of v and the result.
-        causal: query i sees key j where `j <= i + kv_len - q_len`.
+        causal: query i sees key j where `j <= i'`, `i' = i + kv_len - q_len`.
+        window_left: and where `i' - window_left <= j`; None is unbounded.
+        window_right: and where `j <= i' + window_right`; None is unbounded.
         scale: multiplies the scores; None means `1 / sqrt(head_dim)`.
+        score: what becomes of a scaled score; None leaves it.
+        mask: a key is seen where this is true as well; None hides nothing.
+        max_seqlen_q: of packed sequences, a bound on their numbers of queries; None where nothing is packed.
+        max_seqlen_k: and of their keys.
+        plane_gradients: the slots of the planes that want a gradient.
         return_lse: whether the caller wants the logsumexp (kernels compute it in any case).
     """
 
@@ -35,16 +46,75 @@ class AttentionSpec:
     causal: bool = False
     scale: float | None = None
     return_lse: bool = False
+    window_left: int | None = None
+    window_right: int | None = None
+    score: Expression | None = None
+    mask: Expression | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+    plane_gradients: tuple[int, ...] = ()
 
     @property
     def softmax_scale(self) -> float:
         return 1.0 / sqrt(self.head_dim) if self.scale is None else self.scale
 
+    @property
+    def left(self) -> int | None:
+        """Query i sees no key before `i' - left`."""
+        return self.window_left
+
+    @property
+    def right(self) -> int | None:
+        """Query i sees no key after `i' + right`; causal is 0."""
+        return 0 if self.causal else self.window_right
+
 
 SPEC = AttentionSpec
 
 
-def facts(dtype: str, q: Any, k: Any, v: Any) -> dict[str, Any]:
+class AttentionInputs(NamedTuple):
+    """The arrays of a call; None for those that are absent.
+
+    Attributes:
+        q_lengths, kv_lengths: int32 `[batch]`, how many queries and keys of each batch item there are.
+        cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`; then q, k and v hold one batch item, the packed sequences.
+        sinks: float32 `[batch, q_heads]`, logits that join the softmax's denominator.
+        plane0: and the others: `[batch, q_heads, q_len, kv_len]`, each 1 where the plane does not vary; of packed
+            sequences `[sequences, q_heads, max_seqlen_q, max_seqlen_k]`.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    q_lengths: Any = None
+    kv_lengths: Any = None
+    cu_seqlens_q: Any = None
+    cu_seqlens_k: Any = None
+    sinks: Any = None
+    plane0: Any = None
+    plane1: Any = None
+    plane2: Any = None
+    plane3: Any = None
+    plane4: Any = None
+    plane5: Any = None
+
+    @property
+    def planes(self) -> tuple[Any, ...]:
+        return self[-MAX_PLANES:]
+
+
+INPUTS = AttentionInputs._fields
+OUTPUTS = ("out", "lse")
+OPTIONAL = INPUTS[3:]
+WITHOUT_BATCH = ("cu_seqlens_q", "cu_seqlens_k")  # every other input leads with the batch
+
+
+def differentiable(spec: AttentionSpec) -> tuple[str, ...]:
+    """The inputs that have a gradient, where they are there."""
+    return ("q", "k", "v", "sinks", *(f"plane{slot}" for slot in spec.plane_gradients))
+
+
+def facts(dtype: str, q: Any, k: Any, v: Any, *others: Any) -> dict[str, Any]:
     """The fields in `FACTS`, which the arrays decide; the others are the options of the call."""
     return {"dtype": dtype, "head_dim": q.shape[-1], "v_dim": v.shape[-1]}
 
@@ -54,7 +124,7 @@ def saving(spec: AttentionSpec) -> AttentionSpec:
     return spec
 
 
-def output_shapes(spec: AttentionSpec, q: Any, k: Any, v: Any) -> Sequence[tuple[tuple[int, ...], str]]:
+def output_shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, *others: Any) -> Sequence[tuple[tuple[int, ...], str]]:
     """(shape, dtype) of out and lse."""
     batch, q_len, q_heads, _ = q.shape
     lse_dtype = "float64" if spec.dtype == "float64" else "float32"

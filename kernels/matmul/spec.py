@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+INPUTS = ("a", "b", "bias", "residual")
+OUTPUTS = ("out", "preactivation")
 FACTS = ("dtype",)
 OPTIONAL = ("bias", "residual")
+WITHOUT_BATCH = ()  # every input leads with the batch
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -33,6 +36,11 @@ class MatmulSpec:
 
 
 SPEC = MatmulSpec
+
+
+def differentiable(spec: MatmulSpec) -> tuple[str, ...]:
+    """The inputs that have a gradient, where they are there."""
+    return INPUTS
 
 
 def facts(dtype: str, a: Any, b: Any, bias: Any, residual: Any) -> dict[str, Any]:

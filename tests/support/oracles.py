@@ -6,7 +6,7 @@ checked against; in the kernel's precision their error is the measure of the err
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,13 +18,41 @@ from crosstile.bench.verify import EPSILON, compare
 Arrays = dict[str, np.ndarray]
 
 
-def visible_by_loop(q_len: int, kv_len: int, causal: bool) -> np.ndarray:
+def visible_by_loop(
+    q_len: int, kv_len: int, causal: bool, window: tuple[int | None, int | None] | None = None
+) -> np.ndarray:
     """bool [q_len, kv_len], by the words of the definition: query i sees key j where j <= i + kv_len - q_len."""
+    left, right = window or (None, None)
     visible = np.zeros((q_len, kv_len), bool)
     for i in range(q_len):
+        stands_at = i + kv_len - q_len
         for j in range(kv_len):
-            visible[i, j] = not causal or j <= i + kv_len - q_len
+            visible[i, j] = (
+                (not causal or j <= stands_at)
+                and (left is None or stands_at - left <= j)
+                and (right is None or j <= stands_at + right)
+            )
     return visible
+
+
+def seen_by_loop(
+    sizes: tuple[int, int, int],
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    q_lengths: Sequence[int] | None = None,
+    kv_lengths: Sequence[int] | None = None,
+    segment_ids: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """bool [batch, 1, q_len, kv_len] of sizes (batch, q_len, kv_len): `visible_by_loop` of each item's own lengths."""
+    batch, q_len, kv_len = sizes
+    seen = np.zeros((batch, 1, q_len, kv_len), bool)
+    for b in range(batch):
+        rows = q_len if q_lengths is None else min(max(int(q_lengths[b]), 0), q_len)
+        columns = kv_len if kv_lengths is None else min(max(int(kv_lengths[b]), 0), kv_len)
+        seen[b, 0, :rows, :columns] = visible_by_loop(rows, columns, causal, window)
+        if segment_ids is not None:
+            seen[b, 0] &= np.equal.outer(segment_ids[0][b], segment_ids[1][b])
+    return seen
 
 
 def rounded(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -42,32 +70,105 @@ def attention_by_torch(
     causal: bool = False,
     scale: float | None = None,
     dtype: str = "float64",
+    window: tuple[int | None, int | None] | None = None,
+    q_lengths: Sequence[int] | None = None,
+    kv_lengths: Sequence[int] | None = None,
+    segment_ids: tuple[np.ndarray, np.ndarray] | None = None,
+    mask: np.ndarray | None = None,
+    softcap: float | None = None,
+    bias: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
 ) -> Arrays:
-    """out, lse, dq, dk and dv by scaled_dot_product_attention, logsumexp and autograd, computed in `dtype`."""
-    leaves = [_leaf(array, dtype) for array in (q, k, v)]
-    heads_first = [array.transpose(1, 2) for array in leaves]
-    group = q.shape[2] // k.shape[2]
-    tq, tk, tv = heads_first[0], *(array.repeat_interleave(group, dim=1) for array in heads_first[1:])
-    mask = torch.from_numpy(visible_by_loop(q.shape[1], k.shape[1], causal))
+    """out, lse, dq, dk and dv by scaled_dot_product_attention, logsumexp and autograd, computed in `dtype`.
+
+    With a bias also dbias, with sinks (`[q_heads]` or `[batch, q_heads]`) dsinks, both in float32 or wider. A softcap
+    or sinks are beyond torch's op: then out is a softmax of scores rounded to `dtype`, with a column of sinks.
+    """
+    (batch, q_len, q_heads, _), kv_len = q.shape, k.shape[1]
+    wide = torch.float64 if dtype == "float64" else torch.float32
+    leaves = {name: _leaf(array, dtype) for name, array in {"q": q, "k": k, "v": v}.items()}
+    beside = {"bias": bias, "sinks": sinks}
+    leaves |= {name: _tensor(x, "float64").to(wide).requires_grad_() for name, x in beside.items() if x is not None}
+    tq, tk, tv = (leaves[name].transpose(1, 2) for name in "qkv")
+    tk, tv = (array.repeat_interleave(q_heads // k.shape[2], dim=1) for array in (tk, tv))
     scale = q.shape[3] ** -0.5 if scale is None else scale
 
-    sees = mask.any(dim=1)
-    wide = torch.float64 if dtype == "float64" else torch.float32
-    scores = tq.to(wide) @ tk.to(wide).transpose(2, 3) * scale
-    scores = scores.masked_fill(~mask, float("-inf")).masked_fill(~sees[:, None], 0)
-    if mask.shape[1]:
-        lse = torch.logsumexp(scores, dim=3).masked_fill(~sees, float("-inf"))
-        out = functional.scaled_dot_product_attention(tq, tk, tv, attn_mask=mask, scale=scale)
-        out = torch.where(sees[:, None], out, 0)
+    seen = seen_by_loop((batch, q_len, kv_len), causal, window, q_lengths, kv_lengths, segment_ids)
+    if mask is not None:
+        seen = seen & mask
+    if bias is not None:
+        seen = seen & (bias > -np.inf)
+    see = torch.from_numpy(seen)
+    sees = see.any(dim=3, keepdim=True)
+
+    def scores(tq: torch.Tensor, tk: torch.Tensor) -> torch.Tensor:
+        """With one more column, of the sinks; 0 where a row would else be all -inf."""
+        found = (tq @ tk.transpose(2, 3)).to(wide) * scale
+        found = found if softcap is None else softcap * torch.tanh(found / softcap)
+        found = found if bias is None else found + torch.where(see, leaves["bias"], 0)
+        found = found.masked_fill(~see, float("-inf"))
+        if sinks is None:
+            return found.masked_fill(~sees, 0)
+        column = leaves["sinks"].expand(batch, q_heads)[:, :, None, None].expand(-1, -1, q_len, 1)
+        return torch.cat((found, column), dim=3)
+
+    whole = scores(tq.to(wide), tk.to(wide))
+    if whole.shape[3]:
+        lse = torch.logsumexp(whole, dim=3)
+        lse = lse if sinks is not None else lse.masked_fill(~sees[..., 0], float("-inf"))
     else:
-        lse = scores.new_full(scores.shape[:3], float("-inf")) + 0 * scores.sum()
+        lse = whole.new_full(whole.shape[:3], float("-inf")) + 0 * whole.sum()
+    if not kv_len:
         out = 0 * tq.sum(dim=3, keepdim=True) + tv.new_zeros(tv.shape[3])
-    loss = (out.transpose(1, 2) * _tensor(dout, dtype)).to(wide).sum()
+    elif softcap is None and sinks is None:
+        added = see if bias is None else torch.where(sees, torch.where(see, leaves["bias"], float("-inf")), 0)
+        out = functional.scaled_dot_product_attention(tq, tk, tv, attn_mask=added, scale=scale)
+    else:
+        out = torch.softmax(scores(tq, tk), dim=3)[..., :kv_len].to(tv.dtype) @ tv
+    out = torch.where(sees, out, 0).transpose(1, 2)
+    loss = (out * _tensor(dout, dtype)).to(wide).sum()
     if dlse is not None:
-        loss = loss + (torch.where(sees, lse, 0) * _tensor(dlse, "float64").to(wide)).sum()
-    gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    names = ("out", "lse", "dq", "dk", "dv")
-    return dict(zip(names, map(_to_numpy, (out.transpose(1, 2), lse, *gradients)), strict=True))
+        loss = loss + (torch.where(lse > float("-inf"), lse, 0) * _tensor(dlse, "float64").to(wide)).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    named = {f"d{name}": _to_numpy(gradient) for name, gradient in zip(leaves, gradients, strict=True)}
+    return {"out": _to_numpy(out), "lse": _to_numpy(lse), **named}
+
+
+def packed_attention_by_torch(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    dout: np.ndarray,
+    dlse: np.ndarray,
+    starts_q: Sequence[int],
+    starts_k: Sequence[int],
+    *,
+    bias: np.ndarray | None = None,
+    **options: Any,
+) -> Arrays:
+    """`attention_by_torch` of each packed sequence alone, with its part of a bias; other options are shared."""
+    whole: Arrays = {"out": np.zeros_like(dout), "lse": np.full_like(dlse, -np.inf)}
+    whole |= {"dq": np.zeros_like(q), "dk": np.zeros_like(k), "dv": np.zeros_like(v)}
+    for number in range(len(starts_q) - 1):
+        rows = slice(starts_q[number], starts_q[number + 1])
+        columns = slice(starts_k[number], starts_k[number + 1])
+        if bias is not None:
+            index = [slice(None)] * 4
+            for axis, part in ((0, slice(number, number + 1)), (2, _extent(rows)), (3, _extent(columns))):
+                index[axis] = part if bias.shape[axis] > 1 else slice(None)
+            options["bias"] = bias[tuple(index)]
+        alone = attention_by_torch(q[:, rows], k[:, columns], v[:, columns], dout[:, rows], dlse[..., rows], **options)
+        whole["out"][:, rows], whole["lse"][..., rows] = alone["out"], alone["lse"]
+        whole["dq"][:, rows], whole["dk"][:, columns], whole["dv"][:, columns] = (alone[f"d{name}"] for name in "qkv")
+        if bias is not None:
+            whole.setdefault("dbias", np.zeros_like(bias))[tuple(index)] += alone["dbias"]
+        if "dsinks" in alone:
+            whole["dsinks"] = whole.get("dsinks", 0) + alone["dsinks"]
+    return whole
+
+
+def _extent(rows: slice) -> slice:
+    return slice(0, rows.stop - rows.start)
 
 
 def matmul_by_torch(
@@ -167,6 +268,8 @@ __all__ = [
     "finite_differences",
     "matmul_by_torch",
     "multiples",
+    "packed_attention_by_torch",
     "rounded",
+    "seen_by_loop",
     "visible_by_loop",
 ]

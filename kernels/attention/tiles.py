@@ -50,26 +50,36 @@ _GPU_TILES = {
         64: ((128, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
         128: ((128, 64, 8, 3), (32, 64, 4, 2), (128, 32, 8, 2)),
         256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        512: ((64, 16, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
+        576: ((32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
     },
     "sm_90": {
         64: ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
         128: ((128, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3)),
         256: ((128, 32, 8, 2), (16, 64, 8, 2), (64, 32, 8, 2)),
+        512: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
+        576: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     },
     "sm_100": {
         64: ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
         128: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
         256: ((128, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
+        512: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
+        576: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     },
     "gfx942": {
         64: ((128, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
-        128: ((128, 32, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)),
+        128: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 2)),
         256: ((64, 32, 4, 1), (16, 32, 4, 1), (64, 16, 4, 1)),
+        512: ((64, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
+        576: ((64, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
     "gfx950": {
-        64: ((128, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
-        128: ((128, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)),
-        256: ((64, 32, 4, 2), (32, 32, 4, 1), (64, 16, 4, 1)),
+        64: ((128, 64, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2)),
+        128: ((128, 32, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2)),
+        256: ((64, 32, 4, 2), (16, 32, 4, 2), (64, 16, 4, 1)),
+        512: ((64, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
+        576: ((64, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
     },
     # NVIDIA's tensor cores have no float32: exact products run on the vector units, from whole rows in registers.
     "cuda float32": {
@@ -85,19 +95,53 @@ _GPU_TILES = {
 }
 
 
+# The same where expressions, planes, a window's left edge or packed sequences need registers too.
+_GPU_TILES_OF_SCORES = {
+    "sm_80": {
+        64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 32, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    "sm_90": {
+        64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+    },
+    "sm_100": {
+        64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
+    },
+    "gfx942": {
+        64: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
+        128: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
+    },
+    "gfx950": {
+        64: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
+        128: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
+    },
+}
+
+
 def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
-    table = _GPU_TILES[f"{target.platform} float32" if spec.dtype == "float32" else target.name]
+    name = f"{target.platform} float32" if spec.dtype == "float32" else target.name
+    table = _GPU_TILES[name]
     width = max(spec.head_dim, spec.v_dim)
     bucket = min(size for size in table if width <= size)
+    if any(given is not None for given in (spec.score, spec.mask, spec.left, spec.max_seqlen_q)):
+        table = {**table, **_GPU_TILES_OF_SCORES.get(name, {})}
     return AttentionConfig(*(AttentionTiles(*tiles) for tiles in table[bucket]))
 
 
 def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
-    """Long tiles of keys against few queries: scores of one part of a tile stay in registers between two products.
+    """The largest tiles for which the compiler spills no register: smaller ones for wide heads.
 
-    VMEM of 16 MiB (v4) does not hold the longest with the widest heads. One kernel computes all gradients, with the
-    tiles of dk and dv.
+    Expressions and windows are computed in loops within a tile, so that a large one would only be more code. One kernel
+    computes the gradients of queries, keys and values, with the tiles of dk and dv, as the planes' kernels do.
     """
-    row_bytes = max(spec.head_dim, spec.v_dim) * (4 if spec.dtype == "float32" else 2)
-    tiles = AttentionTiles(256, 512 if target.on_chip_bytes <= 16 * MIB and row_bytes > 512 else 1024)
-    return AttentionConfig(tiles, tiles, tiles)
+    wide = max(spec.head_dim, spec.v_dim) > 128
+    loops = spec.score is not None or spec.mask is not None or spec.left is not None
+    if target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
+        forward, backward = (128, 128), (128, 256)
+    elif target.matrix_unit == 256:
+        forward, backward = (128 if wide else 256, 256), (128, 128 if wide else 512)
+    else:
+        forward, backward = (128, 512 if wide or loops else 1024), (128, 512)
+    return AttentionConfig(AttentionTiles(*forward), AttentionTiles(*backward), AttentionTiles(*backward))

@@ -42,7 +42,8 @@ class Launch:
         grid: one to three sizes; a launch of size 0 is skipped.
         inputs: names of the arrays it reads, in the kernel's order; "" for an absent one, which is passed as None.
         outputs: names of the arrays it writes, which follow the inputs.
-        numbers: lengths, strides and scales, by parameter name; they change without a new compilation.
+        numbers: lengths, strides and scales, by parameter name; they change without a new compilation. None is a
+            constant: what belongs to an array that is not there.
         constants: the constexpr parameters, by name.
         dot_dtype: the dtype its dots multiply, "" where it has none (a compile check expects matrix instructions).
     """
@@ -51,7 +52,7 @@ class Launch:
     grid: tuple[int, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    numbers: Mapping[str, int | float]
+    numbers: Mapping[str, int | float | None]
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 2

@@ -23,6 +23,17 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+@triton.constexpr_function
+def head_columns(size: int) -> int:
+    """How many columns of a head of `size` the first of its tiles holds: all, unless two tiles take up less.
+
+    A tile's width is a power of two: a head of 192 is one of 128 and one of 64, a head of 576 one of 512 and one of 64.
+    """
+    first = 1 << (size.bit_length() - 1)
+    rest = max(16, 1 << (size - first - 1).bit_length()) if size > first else 0
+    return first if size > 128 and first + rest < 2 * first else size
+
+
 def needs_wide_offsets(tiles: Iterable[tuple[int, int, int, int]]) -> bool:
     """Whether an offset inside one of the tiles `(rows, columns, row_stride, column_stride)` passes 32 bits.
 
@@ -111,46 +122,164 @@ def store_tile(
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
 
 
-# Which keys a query sees: all of them, or if causal key j where j <= i + kv_len - q_len
+# Which keys a query sees. With i' = i + kv_len - q_len: key j where i' - LEFT <= j <= i' + RIGHT; None is unbounded.
 
 
 @triton.jit
-def visible(queries, keys, q_len, kv_len, CAUSAL: tl.constexpr):
-    """Which scores count, where `queries` and `keys` are indices that broadcast to the tile's shape."""
-    if CAUSAL:
-        mask = keys <= queries + (kv_len - q_len)  # keys past the end too, for every query that exists
-    else:
+def visible(queries, keys, q_len, kv_len, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Which scores count, of the queries that exist: both are indices that broadcast to the tile's shape."""
+    if RIGHT is None:
         mask = keys < kv_len
+    else:
+        mask = keys <= queries + (kv_len - q_len + RIGHT)
+        if RIGHT > 0:  # without it the diagonal hides the keys past the end
+            mask = mask & (keys < kv_len)
+    if LEFT is not None:
+        mask = mask & (keys >= queries + (kv_len - q_len - LEFT))
     return mask
 
 
 @triton.jit
-def kv_ranges(first_row, q_len, kv_len, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """(full, end) for a tile of queries: keys in [0, full) need no mask, [full, end) do, and none sees the rest."""
-    if CAUSAL:
-        seen_by_first = first_row + kv_len - q_len + 1
-        full = tl.minimum(tl.maximum(seen_by_first, 0), kv_len)
+def kv_ranges(
+    first_row, q_len, kv_len, LEFT: tl.constexpr, RIGHT: tl.constexpr, PAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """(start, full_start, full_end, end) for a tile of queries: no query sees a key outside [start, end), and each sees
+    all of [full_start, full_end), so that only the parts beside that need a mask. PAST: a tile may lie past the last
+    query, and then sees nothing.
+    """
+    start = 0
+    full_start = 0
+    full_end = kv_len
+    end = kv_len
+    if RIGHT is not None:
+        seen_by_first = first_row + kv_len - q_len + 1 + RIGHT
+        full_end = tl.minimum(tl.maximum(seen_by_first, 0), kv_len)
         end = tl.minimum(tl.maximum(seen_by_first + BLOCK_Q - 1, 0), kv_len)
-    else:
-        full = kv_len
-        end = kv_len
-    return full // BLOCK_KV * BLOCK_KV, end
+    full_end = full_end // BLOCK_KV * BLOCK_KV
+    if LEFT is not None:
+        hidden_to_first = first_row + kv_len - q_len - LEFT
+        hidden_to_last = hidden_to_first + tl.minimum(BLOCK_Q, q_len - first_row) - 1
+        start = tl.minimum(tl.maximum(hidden_to_first, 0), kv_len) // BLOCK_KV * BLOCK_KV
+        full_end = tl.maximum(full_end, start)
+        full_start = tl.minimum(tl.cdiv(tl.maximum(hidden_to_last, 0), BLOCK_KV) * BLOCK_KV, full_end)
+    if PAST:
+        start = tl.where(first_row < q_len, start, 0)
+        full_start = tl.where(first_row < q_len, full_start, 0)
+        full_end = tl.where(first_row < q_len, full_end, 0)
+        end = tl.where(first_row < q_len, end, 0)
+    return start, full_start, full_end, end
 
 
 @triton.jit
-def q_ranges(first_column, q_len, kv_len, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr):
-    """(start, full) for a tile of keys: the query tiles in [start, full) need a mask, those in [full, q_len) do not.
+def q_ranges(
+    first_column, q_len, kv_len, LEFT: tl.constexpr, RIGHT: tl.constexpr, PAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """(start, full_start, full_end, end) for a tile of keys, as `kv_ranges` for a tile of queries.
 
     The tiles are laid from the last query backwards, so that the one that sticks out is the first, beside the diagonal:
-    `start` may be negative, and one masked loop and one unmasked suffice.
+    `start` may be negative, and without LEFT one masked loop and one unmasked suffice.
     """
-    seeing_any = q_len
+    last_column = tl.minimum(first_column + BLOCK_KV, kv_len) - 1
+    seeing_any = q_len  # of the queries, counted from the last one backwards
     seeing_all = q_len
-    if CAUSAL:
-        last_column = tl.minimum(first_column + BLOCK_KV, kv_len) - 1
-        seeing_any = tl.minimum(kv_len - first_column, q_len)
-        seeing_all = tl.minimum(kv_len - last_column, q_len)
-    return q_len - tl.cdiv(seeing_any, BLOCK_Q) * BLOCK_Q, q_len - seeing_all // BLOCK_Q * BLOCK_Q
+    if RIGHT is not None:
+        seeing_any = tl.minimum(kv_len - first_column + RIGHT, q_len)
+        seeing_all = tl.minimum(kv_len - last_column + RIGHT, q_len)
+        if RIGHT < 0:
+            seeing_any = tl.maximum(seeing_any, 0)
+            seeing_all = tl.maximum(seeing_all, 0)
+    if PAST:
+        seeing_any = tl.where(first_column < kv_len, seeing_any, 0)
+        seeing_all = tl.where(first_column < kv_len, seeing_all, 0)
+    start = q_len - tl.cdiv(seeing_any, BLOCK_Q) * BLOCK_Q
+    full_start = q_len - seeing_all // BLOCK_Q * BLOCK_Q
+    full_end = q_len
+    end = q_len
+    if LEFT is not None:
+        beyond_any = tl.minimum(tl.maximum(kv_len - first_column - 1 - LEFT, 0), q_len)
+        beyond_all = tl.minimum(tl.maximum(kv_len - last_column - 1 - LEFT, 0), q_len)
+        full_end = q_len - tl.cdiv(beyond_any, BLOCK_Q) * BLOCK_Q
+        end = q_len - beyond_all // BLOCK_Q * BLOCK_Q
+        full_start = tl.minimum(full_start, tl.maximum(end, start))
+        full_end = tl.maximum(full_end, full_start)
+    return start, full_start, full_end, end
+
+
+# Sequences of their own lengths: padded, or packed one after the other
+
+
+@triton.jit
+def length_of(lengths, item, size, GIVEN: tl.constexpr):
+    """How many of the `size` rows of a batch item there are."""
+    length = size
+    if GIVEN:
+        length = tl.minimum(tl.maximum(tl.load(lengths + item), 0), size)
+    return length
+
+
+@triton.jit
+def find_sequence(cu_seqlens, sequences, tile, BLOCK: tl.constexpr):
+    """Whose the tile is, in a schedule that gives sequence s the tiles from `cu_seqlens[s] // BLOCK + s` on.
+
+    These are enough for its rows, and they are known without adding up the others. Sequence number `sequences` is what
+    lies past the last.
+    """
+    low = tl.cast(0, tl.int32)
+    high = tl.cast(sequences, tl.int32)
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(cu_seqlens + middle) // BLOCK + middle
+        low = tl.where(begins <= tile, middle, low)
+        high = tl.where(begins <= tile, high, middle - 1)
+    return low
+
+
+@triton.jit
+def rows_of_sequence(cu_seqlens, sequences, sequence, size):
+    """(first, count) of a packed sequence, or of the rows past the last one."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens + sequence), 0), size)
+    past = tl.load(cu_seqlens + sequence + 1, mask=sequence < sequences, other=size)
+    return first, tl.maximum(tl.minimum(past, size) - first, 0)
+
+
+@triton.jit
+def tile_head_batch(size, heads, sequences, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """This program's tile of the sequence, its head and its batch item; the tiles of a head share it in cache."""
+    program = tl.program_id(0)
+    tiles = tl.cdiv(size, BLOCK)
+    if PACKED:
+        tiles += sequences + 1
+    return program % tiles, program // tiles % heads, program // tiles // heads
+
+
+@triton.jit
+def sequence_of(
+    tile, batch, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sequences, q_size, kv_size,
+    BY_KEYS: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(tile in the sequence, sequence, its first query, q_len, its first key, kv_len).
+
+    Of packed sequences the tile was one of a schedule of all. The rows past the last sequence see nothing.
+    """
+    item = batch
+    q_first = 0
+    kv_first = 0
+    if PACKED:
+        item = find_sequence(cu_seqlens_k if BY_KEYS else cu_seqlens_q, sequences, tile, BLOCK)
+        q_first, q_len = rows_of_sequence(cu_seqlens_q, sequences, item, q_size)
+        kv_first, kv_len = rows_of_sequence(cu_seqlens_k, sequences, item, kv_size)
+        if BY_KEYS:
+            tile -= kv_first // BLOCK + item
+            q_len = tl.where(item < sequences, q_len, 0)
+        else:
+            tile -= q_first // BLOCK + item
+            kv_len = tl.where(item < sequences, kv_len, 0)
+    else:
+        q_len = length_of(q_lengths, batch, q_size, Q_LENGTHS)
+        kv_len = length_of(kv_lengths, batch, kv_size, KV_LENGTHS)
+    return tile, item, q_first, q_len, kv_first, kv_len
 
 
 # Online softmax: Milakov and Gimelshein (arXiv:1805.02867), as in FlashAttention-2 (arXiv:2307.08691)

@@ -1,0 +1,126 @@
+"""What the launches of the attention kernels for GPUs share: numbers and constants made of a call's arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import triton
+
+from ..tiles.expressions import SCORE, const, derivative
+from ..tiles.launch import Array
+from ..tiles.triton_expressions import constant, score_constant, slots
+from ..tiles.triton_tiles import needs_wide_offsets, padded
+from .spec import INPUTS, AttentionInputs, AttentionSpec
+from .tiles import AttentionTiles
+
+PLANE_AXES = ("batch", "head", "row", "column")
+
+
+def arrays_of(inputs: AttentionInputs) -> dict[str, Array]:
+    """Those that there are, by name."""
+    return {name: array for name, array in zip(INPUTS, inputs, strict=True) if array is not None}
+
+
+def names_of(arrays: Mapping[str, Any], *names: str) -> tuple[str, ...]:
+    """The names as a launch takes them: "" for an array that is not there."""
+    return tuple(name if name in arrays else "" for name in names)
+
+
+def strides_of(**arrays: Array | None) -> dict[str, int]:
+    """The strides of arrays [batch, row, head, column] or [batch, head, row] as the kernels name them; absent: 0."""
+    strides: dict[str, int] = {}
+    for name, array in arrays.items():
+        axes = ("batch", "row", "head", "column") if array and len(array.shape) == 4 else ("batch", "head", "row")
+        strides |= {f"{name}_{axis}": array.strides[i] if array else 0 for i, axis in enumerate(axes)}
+    return strides
+
+
+def sink_strides(inputs: AttentionInputs) -> dict[str, int | float | None]:
+    """Those of the sinks [batch, head]."""
+    batch, head = (None, None) if inputs.sinks is None else inputs.sinks.strides
+    return {"sinks_batch": batch, "sinks_head": head}
+
+
+def score_numbers(spec: AttentionSpec, inputs: AttentionInputs) -> dict[str, int | float | None]:
+    """What the kernels know of sizes, scale and planes by number; None where a plane does not vary.
+
+    Without an expression of the score the scale goes into the exponent, and scores stay as the product left them.
+    """
+    numbers: dict[str, int | float | None] = {
+        "score_scale": None if spec.score is None and spec.mask is None else spec.softmax_scale,
+        "q_size": inputs.q.shape[1],
+        "kv_size": inputs.k.shape[1],
+        "sequences": None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1,
+    }
+    for slot, array in enumerate(inputs.planes):
+        for axis, name in enumerate(PLANE_AXES):
+            varies = array is not None and slot in _read(spec) and array.shape[axis] != 1
+            numbers[f"plane{slot}_{name}"] = array.strides[axis] if varies else None
+    return numbers
+
+
+def score_constants(spec: AttentionSpec, inputs: AttentionInputs) -> dict[str, Any]:
+    """What the kernels are built for beside the sizes of a head."""
+    return {
+        "Q_LENGTHS": inputs.q_lengths is not None,
+        "KV_LENGTHS": inputs.kv_lengths is not None,
+        "PACKED": inputs.cu_seqlens_q is not None,
+        "LEFT": spec.left,
+        "RIGHT": spec.right,
+        "SCORE": score_constant(spec.score),
+        "MASK": None if spec.mask == const(True) else constant(spec.mask),
+        "SLOTS": slots(spec.score, spec.mask),
+    }
+
+
+def slope_of(spec: AttentionSpec, variable: tuple[Any, ...] = SCORE) -> tuple[Any, ...] | None:
+    """The derivative of the score as a kernel's constant; None for 1."""
+    slope = const(1.0 if variable == SCORE else 0.0) if spec.score is None else derivative(spec.score, variable)
+    return None if slope == const(1.0) else constant(slope)
+
+
+def size_constants(
+    spec: AttentionSpec, tiles: AttentionTiles, inputs: AttentionInputs, *others: Array
+) -> dict[str, Any]:
+    """The sizes of heads and tiles."""
+    planes = [inputs.planes[slot] for slot in _read(spec)]
+    return {
+        "GROUP": inputs.q.shape[2] // max(inputs.k.shape[2], 1),
+        "HEAD_DIM": spec.head_dim,
+        "V_DIM": spec.v_dim,
+        "BLOCK_Q": tiles.block_q,
+        "BLOCK_KV": tiles.block_kv,
+        "WIDE": wide(max(tiles.block_q, tiles.block_kv), *inputs[:3], *others),
+        "WIDE_PLANES": needs_wide_offsets(
+            (tiles.block_q, tiles.block_kv, plane.strides[2], plane.strides[3]) for plane in planes
+        ),
+    }
+
+
+def wide(rows: int, *arrays: Array) -> bool:
+    """Whether offsets inside a tile of that many rows of any of the arrays need 64 bits."""
+    return needs_wide_offsets((rows, padded(array.shape[3]), array.strides[1], array.strides[3]) for array in arrays)
+
+
+def programs(size: int, block: int, heads: int, inputs: AttentionInputs) -> tuple[int]:
+    """The grid of a kernel whose programs own `block` rows of a head each, of `size` that a batch item has.
+
+    Packed sequences each begin a tile of their own, and so does what lies past the last: a tile more for each.
+    """
+    tiles = triton.cdiv(size, block)
+    if inputs.cu_seqlens_q is not None:
+        tiles += inputs.cu_seqlens_q.shape[0]
+    return (tiles * heads * inputs.q.shape[0],)
+
+
+def checked(tiles: AttentionTiles, name: str) -> AttentionTiles:
+    """The tiles, or an error that names the one that no kernel can have."""
+    for field, size in (("block_q", tiles.block_q), ("block_kv", tiles.block_kv)):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"config.{name}.{field}: got {size}; it must be a power of two, and 16 or more on a GPU")
+    return tiles
+
+
+def _read(spec: AttentionSpec) -> tuple[int, ...]:
+    return slots(spec.score, spec.mask)

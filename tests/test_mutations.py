@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import re
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,8 +23,10 @@ from oracles import attention_by_torch, matmul_by_torch, multiples, rounded
 import crosstile.kernels
 from crosstile import plans
 from crosstile.dispatch import OPS
-from crosstile.kernels.attention.spec import AttentionSpec
+from crosstile.kernels.attention import reference as attention_reference
+from crosstile.kernels.attention.spec import INPUTS, AttentionSpec
 from crosstile.kernels.matmul.spec import MatmulSpec
+from crosstile.kernels.tiles.expressions import SCORE, const, plane
 from crosstile.kernels.tiles.launch import Array
 from crosstile.kernels.tiles.targets import INTERPRET
 
@@ -53,16 +56,28 @@ class Mutation:
 
 
 def broken(mutation: Mutation, kernel: str, folder: Path) -> ModuleType:
-    """The kernel file, importing the mutated file if it is not that itself."""
+    """The kernel file, with the mutated file and all files between the two copied beside the sound ones."""
     text = (KERNELS / mutation.file).read_text()
     assert mutation.old in text, f"{mutation.file} has no {mutation.old!r} any more: bring the mutation up to date"
-    module = load(mutation.file, text.replace(mutation.old, mutation.new), folder)
-    if mutation.file == kernel:
-        return module
-    text = (KERNELS / kernel).read_text()
-    helper = f"..tiles.{Path(mutation.file).stem} import"
-    assert helper in text
-    return load(kernel, text.replace(helper, f"..tiles.{module.__name__.rsplit('.')[-1]} import"), folder)
+    copies = {mutation.file: load(mutation.file, text.replace(mutation.old, mutation.new), folder)}
+
+    def copied(file: str) -> ModuleType | None:
+        """The copy of a file that is the mutated one or imports it; None of one that does not."""
+        if file not in copies:
+            text = sound = (KERNELS / file).read_text()
+            for dots, imported in re.findall(r"^from (\.{1,2})([\w.]+) import", text, re.MULTILINE):
+                path = Path(file).parent if dots == "." else Path(file).parent.parent
+                other = copied(str(path / imported.replace(".", "/")) + ".py")
+                if other is not None:
+                    stem = other.__name__.rsplit(".")[-1]
+                    replaced = ".".join((*imported.split(".")[:-1], stem))
+                    text = text.replace(f"from {dots}{imported} import", f"from {dots}{replaced} import")
+            copies[file] = load(file, text, folder) if text != sound else None
+        return copies[file]
+
+    module = copied(kernel)
+    assert module is not None, f"{kernel} does not import {mutation.file}"
+    return module
 
 
 def load(file: str, text: str, folder: Path) -> ModuleType:
@@ -141,8 +156,55 @@ class AttentionProblem:
         own = attention_by_torch(**arrays, causal=self.causal, dtype="float32")
         single = {name: before_nan(array) for name, array in {**arrays, **exact}.items()}
         spec = AttentionSpec("float32", head_dim, v_dim, causal=self.causal, return_lse=True)
-        groups = (("q", "k", "v"), ("out", "lse"), ("dout", "dlse"))
-        return spec, *(tuple(single[name] for name in group) for group in groups), own, exact
+        inputs = tuple(single.get(name) for name in INPUTS)
+        groups = (("out", "lse"), ("dout", "dlse"))
+        return spec, inputs, *(tuple(single[name] for name in group) for group in groups), own, exact
+
+
+@dataclass(frozen=True)
+class FeatureProblem:
+    """Attention with options and other arrays; the definition is the exact answer, and in float32 the peer."""
+
+    options: dict[str, Any]
+    others: dict[str, Any]  # arrays, or the shapes of normal numbers
+    q_len: int = 40
+    kv_len: int = 52
+    batch: int = 2
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @cache  # noqa: B019 (a handful of constants)
+    def known(self) -> tuple[Any, ...]:
+        """As of plain attention."""
+        rng = np.random.default_rng(0)
+        shapes = {
+            "q": (self.batch, self.q_len, 2, 20),
+            "k": (self.batch, self.kv_len, 1, 20),
+            "v": (self.batch, self.kv_len, 1, 12),
+            "dout": (self.batch, self.q_len, 2, 12),
+            "dlse": (self.batch, 2, self.q_len),
+            **{name: other for name, other in self.others.items() if isinstance(other, tuple)},
+        }
+        arrays = {name: rounded(rng.standard_normal(shape), "float32") for name, shape in shapes.items()}
+        answers = []
+        for dtype in ("float64", "float32"):
+            given = {name: array.astype(dtype) for name, array in arrays.items()} | {
+                name: other for name, other in self.others.items() if not isinstance(other, tuple)
+            }
+            spec = AttentionSpec(dtype, 20, 12, return_lse=True, **self.options)
+            inputs = tuple(given.get(name) for name in INPUTS)
+            outputs = attention_reference.forward(spec, *inputs)
+            gradients = attention_reference.backward(spec, inputs, outputs, (given["dout"], given["dlse"]))
+            found = dict(zip(("out", "lse", *plans.gradient_names(INPUTS)), (*outputs, *gradients), strict=True))
+            answers.append({name: array for name, array in found.items() if array is not None})
+        exact, own = answers
+        groups = (INPUTS, ("out", "lse"), ("dout", "dlse"))
+        single = {
+            name: before_nan(array) for name, array in {**arrays, "out": exact["out"], "lse": exact["lse"]}.items()
+        }
+        single |= {name: array for name, array in given.items() if name not in single}
+        return spec, *(tuple(single.get(name) for name in group) for group in groups), own, exact
 
 
 @dataclass(frozen=True)
@@ -179,11 +241,32 @@ class MatmulProblem:
         return spec, inputs, (single["out"], saved), (single["dout"], None), own, exact
 
 
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
 PROBLEMS: dict[str, dict[str, Any]] = {
     "attention": {
         "causal": AttentionProblem(40, 52, True),
         "whole": AttentionProblem(40, 52, False),
         "blind": AttentionProblem(52, 40, True),
+        "window": FeatureProblem({"window_left": 11, "window_right": 6}, {}, 100, 120, 1),
+        "wide window": FeatureProblem({"window_left": 60, "window_right": 40}, {}, 100, 120, 1),
+        "lengths": FeatureProblem({"causal": True}, {"q_lengths": ints(40, 13), "kv_lengths": ints(20, 52)}),
+        "padded": FeatureProblem({}, {"q_lengths": ints(40, 13), "kv_lengths": ints(20, 52)}),
+        "packed": FeatureProblem(
+            {"causal": True}, {"cu_seqlens_q": ints(0, 18, 18, 55), "cu_seqlens_k": ints(0, 50, 51, 90)}, 60, 99, 1
+        ),
+        "sinks": FeatureProblem({"causal": True}, {"sinks": (2, 2)}, 52, 40),
+        "softcap": FeatureProblem({"score": ("mul", ("tanh", SCORE), const(2.0))}, {}),
+        "plane": FeatureProblem(
+            {"score": ("add", SCORE, ("mul", plane(0), ("sub", ("j",), ("i",)))), "plane_gradients": (0,)},
+            {"plane0": (1, 2, 40, 1)},
+        ),
+        "mask": FeatureProblem(
+            {"mask": ("ne", ("mod", ("sub", ("i",), ("j",)), const(3)), plane(0))},
+            {"plane0": np.resize(np.arange(3, dtype=np.int32), (2, 1, 40, 1))},
+        ),
     },
     "matmul": {name or "plain": MatmulProblem(name) for name in (None, "relu", "gelu", "gelu_tanh", "silu")},
 }
@@ -218,24 +301,29 @@ class Suite:
         return f"{self.op}/{self.kernel}.py"
 
 
-T, H = "attention/triton.py", "tiles/triton_tiles.py"
+T, H, X = "attention/triton.py", "tiles/triton_tiles.py", "tiles/triton_expressions.py"
+TB, TP, TW = (f"attention/triton_{part}.py" for part in ("backward", "planes", "weights"))
 ATTENTION_TRITON = Suite(
     "attention",
     "triton",
     (
-        Mutation("no causal mask", H, "mask = keys <= queries + (kv_len - q_len)", "mask = keys < kv_len"),
+        Mutation("no causal mask", H, "mask = keys <= queries + (kv_len - q_len + RIGHT)", "mask = keys < kv_len"),
         Mutation(
-            "no causal mask, backward", H, "mask = keys <= queries + (kv_len - q_len)", "mask = keys < kv_len", BACKWARD
+            "no causal mask, backward",
+            H,
+            "mask = keys <= queries + (kv_len - q_len + RIGHT)",
+            "mask = keys < kv_len",
+            BACKWARD,
         ),
-        Mutation("aligned top-left", H, "keys <= queries + (kv_len - q_len)", "keys <= queries"),
-        Mutation("aligned top-left, backward", H, "keys <= queries + (kv_len - q_len)", "keys <= queries", BACKWARD),
+        Mutation("aligned top-left", H, "queries + (kv_len - q_len + RIGHT)", "queries"),
+        Mutation("aligned top-left, backward", H, "queries + (kv_len - q_len + RIGHT)", "queries", BACKWARD),
         Mutation("one key too few", H, "keys <= queries + (", "keys < queries + ("),
         Mutation("one key too many", H, "mask = keys < kv_len", "mask = keys <= kv_len", problems=("whole",)),
-        Mutation("scale 1% off", T, "max(abs(spec.softmax_scale)", "max(1.01 * abs(spec.softmax_scale)"),
-        Mutation("scale in base e", T, "abs(spec.softmax_scale) * log2(e)", "abs(spec.softmax_scale)"),
+        Mutation("scale 1% off", T, "(abs(spec.softmax_scale)", "(1.01 * abs(spec.softmax_scale)"),
+        Mutation("scale in base e", T, "log2_scale = log2(e) * (abs", "log2_scale = (abs"),
         Mutation(
             "scale in base e, backward",
-            T,
+            TW,
             "tl.exp2(scores * log2_scale",
             "tl.exp2(scores * log2_scale * 0.69",
             BACKWARD,
@@ -243,15 +331,15 @@ ATTENTION_TRITON = Suite(
         Mutation(
             "last tile of keys skipped",
             H,
-            "        end = kv_len\n",
-            "        end = kv_len // BLOCK_KV * BLOCK_KV\n",
+            "    end = kv_len\n",
+            "    end = kv_len // BLOCK_KV * BLOCK_KV\n",
             problems=("whole",),
         ),
         Mutation(
             "last tile of keys skipped, causal",
             H,
-            "return full // BLOCK_KV * BLOCK_KV, end",
-            "return full // BLOCK_KV * BLOCK_KV, end // BLOCK_KV * BLOCK_KV",
+            "return start, full_start, full_end, end\n\n\n@triton.jit\ndef q_ranges",
+            "return start, full_start, full_end, end // BLOCK_KV * BLOCK_KV\n\n\n@triton.jit\ndef q_ranges",
         ),
         Mutation(
             "first tile of queries skipped",
@@ -273,72 +361,339 @@ ATTENTION_TRITON = Suite(
         ),
         Mutation(
             "delta with the wrong sign in dk",
-            T,
+            TB,
             "(dweights - delta_tile[None, :])",
             "(dweights + delta_tile[None, :])",
             BACKWARD,
         ),
         Mutation(
             "delta with the wrong sign in dq",
-            T,
+            TB,
             "(dweights - delta_tile[:, None])",
             "(dweights + delta_tile[:, None])",
             BACKWARD,
         ),
-        Mutation("dlse forgotten", T, "delta_tile -= load_rows", "delta_tile -= 0.0 * load_rows", BACKWARD),
-        Mutation("dlse added", T, "delta_tile -= load_rows", "delta_tile += load_rows", BACKWARD),
-        Mutation("only one head of a group", T, "tl.range(0, GROUP * tiles", "tl.range(0, tiles", BACKWARD),
-        Mutation("dk not scaled", T, "dk_tile * scale", "dk_tile", BACKWARD),
-        Mutation("dq not scaled", T, "dq_tile * scale", "dq_tile", BACKWARD),
+        Mutation("dlse forgotten", TW, "delta_tile -= load_rows", "delta_tile -= 0.0 * load_rows", BACKWARD),
+        Mutation("dlse added", TW, "delta_tile -= load_rows", "delta_tile += load_rows", BACKWARD),
+        Mutation("only one head of a group", TB, "tl.range(0, GROUP * tiles", "tl.range(0, tiles", BACKWARD),
+        Mutation("dk not scaled", TB, "dk_tile * scale", "dk_tile", BACKWARD),
+        Mutation("dq not scaled", TB, "dq_tile * scale", "dq_tile", BACKWARD),
         Mutation(
             "dv summed from float16",
-            T,
+            TB,
             "dv = tl.dot(weights.to(dout_tile.dtype), dout_tile",
             "dv = tl.dot(weights, dout_tile.to(tl.float16).to(tl.float32)",
             BACKWARD,
         ),
+        Mutation(
+            "window a key too wide", H, "(kv_len - q_len - LEFT)", "(kv_len - q_len - LEFT - 1)", problems=("window",)
+        ),
+        Mutation(
+            "window a key too narrow, backward",
+            H,
+            "(kv_len - q_len - LEFT)",
+            "(kv_len - q_len - LEFT + 1)",
+            BACKWARD,
+            ("window",),
+        ),
+        Mutation(
+            "keys before a window",
+            H,
+            "// BLOCK_KV * BLOCK_KV\n        full_end = tl",
+            "// BLOCK_KV * BLOCK_KV + BLOCK_KV\n        full_end = tl",
+            problems=("window",),
+        ),
+        Mutation(
+            "the left edge in whole tiles",
+            H,
+            "tl.cdiv(tl.maximum(hidden_to_last, 0), BLOCK_KV)",
+            "(tl.maximum(hidden_to_last, 0) // BLOCK_KV)",
+            problems=("wide window",),
+        ),
+        Mutation(
+            "queries at a window's left edge",
+            H,
+            "tl.cdiv(beyond_any, BLOCK_Q) * BLOCK_Q",
+            "beyond_any // BLOCK_Q * BLOCK_Q",
+            BACKWARD,
+            ("wide window",),
+        ),
+        Mutation(
+            "queries past a window",
+            H,
+            "end = q_len - beyond_all",
+            "end = full_start + 0 * beyond_all",
+            BACKWARD,
+            ("wide window",),
+        ),
+        Mutation(
+            "queries past their length",
+            T,
+            "acc = tl.where(exist[:, None], acc, 0.0)",
+            "acc = acc",
+            problems=("lengths",),
+        ),
+        Mutation(
+            "keys past their length",
+            TB,
+            "dv_tile = tl.where(exist, dv_tile, 0.0)",
+            "dv_tile = dv_tile",
+            BACKWARD,
+            ("padded",),
+        ),
+        Mutation(
+            "aligned by the padded size",
+            H,
+            "q_len = length_of(q_lengths, batch, q_size, Q_LENGTHS)",
+            "q_len = q_size",
+            problems=("lengths",),
+        ),
+        Mutation("the sequence before", H, "return low\n", "return tl.maximum(low - 1, 0)\n", problems=("packed",)),
+        Mutation("schedule without the extra tiles", H, "// BLOCK + middle\n", "// BLOCK\n", problems=("packed",)),
+        Mutation(
+            "rows past the last sequence see keys",
+            H,
+            "kv_len = tl.where(item < sequences, kv_len, 0)",
+            "kv_len = kv_size - kv_first",
+            problems=("packed",),
+        ),
+        Mutation(
+            "no sink in the denominator",
+            T,
+            'tl.where(first_peak == float("-inf"), 0.0, 1.0)',
+            "0.0",
+            problems=("sinks",),
+        ),
+        Mutation("sink in base 2", T, "head * sinks_head) * LOG2_E", "head * sinks_head)", problems=("sinks",)),
+        Mutation(
+            "gradient of the sinks with the wrong sign", TP, "-tl.sum(total", "tl.sum(total", BACKWARD, ("sinks",)
+        ),
+        Mutation(
+            "the derivative left out of dq and dk",
+            TB,
+            "dscores * evaluate(SLOPE, raw, at, plane_tiles)",
+            "dscores",
+            BACKWARD,
+            ("softcap",),
+        ),
+        Mutation(
+            "the derivative of the changed score",
+            TW,
+            "return weights, scores\n",
+            "return weights, changed\n",
+            BACKWARD,
+            ("softcap",),
+        ),
+        Mutation("tanh saturates too early", X, "size < 0.625", "size < 1.5", problems=("softcap",)),
+        Mutation(
+            "the scale forgotten before an expression",
+            T,
+            "raw = scores * score_scale",
+            "raw = scores",
+            problems=("softcap",),
+        ),
+        Mutation(
+            "a plane's derivative left out",
+            TP,
+            "change * evaluate(SLOPE, raw, at, tiles)",
+            "change",
+            BACKWARD,
+            ("plane",),
+        ),
+        Mutation(
+            "one batch item of a plane only",
+            TP,
+            "for item in tl.range(item_begin, item_end,",
+            "for item in tl.range(item_begin, item_begin + 1,",
+            BACKWARD,
+            ("plane",),
+        ),
+        Mutation(
+            "integers divided towards 0",
+            X,
+            "value = remainder + tl.where((remainder != 0) & ((remainder ^ y) < 0), y, 0)",
+            "value = remainder",
+            problems=("mask",),
+        ),
+        Mutation(
+            "a mask left out",
+            T,
+            "truth(evaluate(MASK, raw, at, tiles))",
+            "truth(evaluate(MASK, raw, at, tiles)) | True",
+            problems=("mask",),
+        ),
+        Mutation(
+            "a mask left out, backward",
+            TW,
+            "truth(evaluate(MASK, scores, at, planes))",
+            "truth(evaluate(MASK, scores, at, planes)) | True",
+            BACKWARD,
+            ("mask",),
+        ),
     ),
 )
 
-P = "attention/pallas.py"
+P, PT = "attention/pallas.py", "attention/pallas_tiling.py"
+PF, PB, PP, PS, PK = (f"attention/pallas_{part}.py" for part in ("forward", "backward", "planes", "scores", "packed"))
 ATTENTION_PALLAS = Suite(
     "attention",
     "pallas",
     (
+        Mutation("no causal mask", PT, "keys - queries <= query - key", "keys - queries <= 1000 + query - key"),
         Mutation(
-            "no causal mask",
-            P,
-            "keys - lax.broadcasted_iota(jnp.int32, keys.shape, 1) <= query - key + self.offset",
-            "keys < self.kv_len - key",
+            "no causal mask, backward",
+            PT,
+            "keys - queries <= query - key",
+            "keys - queries <= 1000 + query - key",
+            BACKWARD,
         ),
+        Mutation("aligned top-left", PT, "return self.kv_len - self.q_len", "return 0"),
+        Mutation("aligned top-left, backward", PT, "return self.kv_len - self.q_len", "return 0", BACKWARD),
         Mutation(
-            "no causal mask, backward", P, "if masked:\n            weights", "if False:\n            weights", BACKWARD
-        ),
-        Mutation("aligned top-left", P, "query - key + self.offset", "query - key"),
-        Mutation("aligned top-left, backward", P, "query - key + self.offset", "query - key", BACKWARD),
-        Mutation("tail of the keys not masked", P, "keys < self.kv_len - key", "keys >= 0", problems=("whole",)),
-        Mutation("scale 1% off", P, "(scale * LOG2_E)", "(1.01 * scale * LOG2_E)"),
-        Mutation("scale in base e, backward", P, "(scale * LOG2_E) - lse_ref", "scale - lse_ref", BACKWARD),
-        Mutation(
-            "last tile of keys skipped",
-            P,
-            "-(-self.kv_len // self.block_kv)",
-            "self.kv_len // self.block_kv",
+            "tail of the keys not masked",
+            PT,
+            "keys < self.kv_len - key - group",
+            "keys >= 0 * group",
             problems=("whole",),
         ),
-        Mutation("last tile of queries skipped", P, "fori_loop(whole, tiles,", "fori_loop(whole, tiles - 1,", BACKWARD),
-        Mutation("the sum is not rescaled", P, "total * shrink", "total"),
-        Mutation("the accumulator is not rescaled", P, "acc[...] * shrink", "acc[...]"),
+        Mutation("scale 1% off", PS, "(self.scale * LOG2_E)", "(1.01 * self.scale * LOG2_E)"),
+        Mutation("scale in base e, backward", PS, "(self.scale * LOG2_E)", "self.scale", BACKWARD),
         Mutation(
-            "lse in base 2", P, "(peak_ref[...] + jnp.log2(divisor)) * LN_2", "(peak_ref[...] + jnp.log2(divisor))"
+            "last tile of keys skipped",
+            PT,
+            "_div(end + block - 1, block)",
+            "_div(end, block)",
+            problems=("whole",),
         ),
-        Mutation("blind rows divide by 0", P, "jnp.where(empty, 1, total)", "total", problems=("blind",)),
-        Mutation("the wrong key head", P, "lax.div(h, q_heads // kv_heads)", "lax.rem(h, kv_heads)"),
-        Mutation("delta with the wrong sign", P, "dout) - delta_ref", "dout) + delta_ref", BACKWARD),
+        Mutation(
+            "last tile of queries skipped",
+            PB,
+            "whole_end = jnp.minimum(whole_end, end)",
+            "whole_end = jnp.minimum(whole_end, end) - 1",
+            BACKWARD,
+        ),
+        Mutation("the sum is not rescaled", PF, "total_ref[...] * shrink", "total_ref[...]"),
+        Mutation("the accumulator is not rescaled", PF, "acc[...] * shrink", "acc[...]"),
+        Mutation("lse in base 2", PF, "(peak + jnp.log2(divisor)) * LN_2", "(peak + jnp.log2(divisor))"),
+        Mutation("blind rows divide by 0", PF, "jnp.where(empty, 1, total)", "total", problems=("blind",)),
+        Mutation("the wrong key head", PF, "lax.div(h, q_heads // kv_heads)", "lax.rem(h, kv_heads)"),
+        Mutation("delta with the wrong sign", PB, "dweights - delta_ref", "dweights + delta_ref", BACKWARD),
         Mutation("dlse forgotten", P, "delta = delta - jnp.where(lse == -jnp.inf, 0, dlse)", "pass", BACKWARD),
-        Mutation("only the last head of a group", P, "@pl.when(head == 0)", "@pl.when(head >= 0)", BACKWARD),
-        Mutation("dk not scaled", P, "(dk_acc[...] * scale)", "dk_acc[...]", BACKWARD),
-        Mutation("dq not scaled", P, "(dq_acc[head] * scale)", "dq_acc[head]", BACKWARD),
+        Mutation("only the last head of a group", PB, "@pl.when(head == 0)", "@pl.when(head >= 0)", BACKWARD),
+        Mutation("dk not scaled", PB, "(dk_acc[...] * scale)", "dk_acc[...]", BACKWARD),
+        Mutation(
+            "dq not scaled", PB, "(dq_acc[head, :, tile_of(tile)] * scale)", "dq_acc[head, :, tile_of(tile)]", BACKWARD
+        ),
+        Mutation(
+            "window a key too wide",
+            PT,
+            "self.offset - tiling.left - group",
+            "self.offset - tiling.left - 1 - group",
+            problems=("window",),
+        ),
+        Mutation(
+            "window a key too narrow, backward",
+            PT,
+            "self.offset - tiling.left - group",
+            "self.offset - tiling.left + 1 - group",
+            BACKWARD,
+            ("window",),
+        ),
+        Mutation(
+            "keys before a window not masked",
+            PF,
+            "first = jnp.clip(whole_begin - 1, begin, end - 1)",
+            "first = begin",
+            problems=("wide window",),
+        ),
+        Mutation(
+            "keys before a window skipped",
+            PT,
+            "begin, whole_begin = clip(first - tiling.left)",
+            "begin, whole_begin = clip(last - tiling.left)",
+            problems=("wide window",),
+        ),
+        Mutation(
+            "queries past a window",
+            PT,
+            "clip(first + tiling.left + 1), clip(last + tiling.left + 1)",
+            "clip(first + tiling.left + 1), clip(first + tiling.left + 1)",
+            BACKWARD,
+            ("wide window",),
+        ),
+        Mutation(
+            "queries at a window's end not masked",
+            PB,
+            "jnp.maximum(whole_begin, whole_end), end, partial(run_masked, masked=True)",
+            "jnp.maximum(whole_begin, whole_end), end, partial(run, masked=False)",
+            BACKWARD,
+            ("wide window",),
+        ),
+        Mutation(
+            "queries past their length",
+            PF,
+            "summed = jnp.where(exist, summed, 0)",
+            "summed = summed",
+            problems=("lengths", "padded"),
+        ),
+        Mutation(
+            "keys past their length", PT, "keys < self.kv_len - key - group", "keys >= 0 * group", problems=("padded",)
+        ),
+        Mutation(
+            "queries past their length, backward",
+            P,
+            "blind |= jnp.arange",
+            "blind &= jnp.arange",
+            BACKWARD,
+            ("padded",),
+        ),
+        Mutation(
+            "the lengths of the first item", PT, "lengths[0][1, b]", "lengths[0][1, 0]", problems=("lengths", "padded")
+        ),
+        Mutation(
+            "the next sequence's keys", PK, "self.starts[:-1, None]", "self.starts[1:, None]", problems=("packed",)
+        ),
+        Mutation(
+            "tokens of no sequence", PK, "jnp.where(exists, found,", "jnp.where(True, found,", problems=("packed",)
+        ),
+        Mutation("sinks count twice", PF, "1 / SUBLANES", "2 / SUBLANES", problems=("sinks",)),
+        Mutation(
+            "sinks in base e", PF, "sinks[:, :, None, None] * LOG2_E", "sinks[:, :, None, None]", problems=("sinks",)
+        ),
+        Mutation("dsinks with the wrong sign", P, "-(weights * delta)", "(weights * delta)", BACKWARD, ("sinks",)),
+        Mutation("score not applied", PS, "if self.score is None:", "if True:", problems=("softcap", "plane")),
+        Mutation("slope of the score forgotten", PB, "if slope != const(1.0):", "if False:", BACKWARD, ("softcap",)),
+        Mutation(
+            "slope of a plane forgotten", PP, "slope_of(spec, plane_leaf(slot))", "slope_of(spec)", BACKWARD, ("plane",)
+        ),
+        Mutation("plane's sum not cleared", PP, "@pl.when(first)", "@pl.when(first & (i < 0))", BACKWARD, ("plane",)),
+        Mutation(
+            "only the last tile of a plane", PP, "@pl.when(first)", "@pl.when(first | (j >= 0))", BACKWARD, ("plane",)
+        ),
+        Mutation(
+            "plane's tiles skipped",
+            PP,
+            "(j >= begin) & (j < end)",
+            "(j >= begin) & (j < end - 1)",
+            BACKWARD,
+            ("plane",),
+        ),
+        Mutation("mask not applied", PS, "if self.mask is not None:", "if False:", problems=("mask",)),
+        Mutation("mask not applied, backward", PS, "if self.mask is not None:", "if False:", BACKWARD, ("mask",)),
+        Mutation(
+            "indices of queries and keys swapped",
+            PS,
+            "row, 2) + place.query",
+            "row, 2) + place.key",
+            problems=("mask",),
+        ),
+        Mutation(
+            "indices of keys from 0 in each group",
+            PS,
+            "row, 1) + keys + place.key",
+            "row, 1) + place.key",
+            problems=("mask",),
+        ),
     ),
 )
 
@@ -463,15 +818,15 @@ ATTENTION_REFERENCE = Suite(
     "attention",
     "reference",
     (
-        Mutation("aligned top-left", R, "j <= i + (kv_len - q_len)", "j <= i"),
-        Mutation("one key too few", R, "j <= i +", "j < i +"),
-        Mutation("no causal mask", R, "np.where(visible(spec, q.shape[1], k.shape[1]), scores, -np.inf)", "scores"),
-        Mutation("scale forgotten", R, "k) * spec.softmax_scale", "k)"),
+        Mutation("aligned top-left", R, "aligned = i + (kv_len - q_len)", "aligned = i + 0 * q_len"),
+        Mutation("one key too few", R, "(j <= aligned + spec.right)", "(j < aligned + spec.right)"),
+        Mutation("no causal mask", R, "if spec.right is not None", "if False"),
+        Mutation("scale forgotten", R, "scores = scores * spec.softmax_scale", "scores = scores * 1.0"),
         Mutation(
             "the wrong key head",
             R,
-            "np.repeat(array.astype(dtype), group, axis=2)",
-            "np.tile(array.astype(dtype), (1, 1, group, 1))",
+            "np.repeat(array, q_heads // array.shape[2], axis=2)",
+            "np.tile(array, (1, 1, q_heads // array.shape[2], 1))",
         ),
         Mutation("dlse forgotten", R, "delta = delta - ", "delta = delta - 0 * ", BACKWARD),
         Mutation("delta with the wrong sign", R, "- delta[..., None]", "+ delta[..., None]", BACKWARD),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from math import gcd
 from typing import Any, Literal
 
 import jax
@@ -43,6 +44,11 @@ def call_params(target: Target, dimension_semantics: Sequence[Literal["parallel"
             dimension_semantics=tuple(dimension_semantics), vmem_limit_bytes=vmem_budget(target)
         )
     }
+
+
+def few_registers(target: Target) -> bool:
+    """Whether the chip has 32 vector registers, as v4 has: its successors have 64, and more VMEM."""
+    return 0 < target.on_chip_bytes <= 16 * MIB
 
 
 def vmem_budget(target: Target) -> int:
@@ -90,6 +96,31 @@ def pad_to(array: jax.Array, axis: int, size: int) -> jax.Array:
         return array
     widths = [(0, size - array.shape[axis] if i == axis else 0) for i in range(array.ndim)]
     return jnp.pad(array, widths)
+
+
+def rows(array: jax.Array, length: int) -> jax.Array:
+    """[batch, length, heads, dim] -> [batch, heads, padded length, dim]."""
+    return pad_to(array.transpose(0, 2, 1, 3), 2, length)
+
+
+def columns(array: jax.Array, length: int) -> jax.Array:
+    """[batch, length, heads, dim] -> [batch, heads, dim, padded length]."""
+    return pad_to(array.transpose(0, 2, 3, 1), 3, length)
+
+
+def common_rows(most: int, rows: int) -> int:
+    """A divisor of `rows`, whole registers of them: the greatest that divides `most` too. rows is a multiple of 8."""
+    return SUBLANES * gcd(max(most // SUBLANES, 1), rows // SUBLANES)
+
+
+def fold(tile: jax.Array) -> jax.Array:
+    """[rows, n] -> [rows / 8, 8, n]: reduced over its first axis, what is left fills a register's sublanes."""
+    return tile.reshape(-1, SUBLANES, tile.shape[1])
+
+
+def unfold(tile: jax.Array) -> jax.Array:
+    """Back to [rows, n]."""
+    return tile.reshape(-1, tile.shape[2])
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:

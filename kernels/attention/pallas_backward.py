@@ -1,0 +1,271 @@
+"""The backward kernel of attention on TPUs: the gradients of queries, keys and values in one."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..tiles.expressions import SCORE, const, derivative, evaluate
+from ..tiles.pallas_tiles import (
+    LANES,
+    SUBLANES,
+    call_params,
+    columns,
+    common_rows,
+    dot,
+    dot_nt,
+    fold,
+    pad_to,
+    round_up,
+    rows,
+    stretch,
+    stretch_room,
+    unfold,
+)
+from ..tiles.targets import Target
+from .pallas_scores import FUNCTIONS, Place, Scores, full, spread
+from .pallas_tiling import Tiling
+from .spec import AttentionInputs, AttentionSpec
+from .tiles import AttentionConfig
+
+FEW = 64  # rows of weights in registers at a time, where there are many values of each
+
+
+def backward(
+    spec: AttentionSpec,
+    config: AttentionConfig,
+    target: Target,
+    arrays: AttentionInputs,
+    lengths: tuple[jax.Array, ...],
+    dout: jax.Array,
+    statistics: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk and dv.
+
+    The statistics are lse in base 2, inf where a query has no weights, and delta, both [batch, q_heads, q_len].
+    """
+    q, k, v = arrays[:3]
+    (batch, q_len, q_heads, head_dim), (_, kv_len, kv_heads, v_dim) = q.shape, v.shape
+    group = q_heads // kv_heads
+    scores = Scores.of(spec, arrays)
+    tiling = Tiling.choose(
+        spec, config.dkv, target, (q_len, kv_len), bool(lengths), hides_queries=scores.score is not None
+    )
+    block_q, block_kv, kv_padded = tiling.block_q, tiling.block_kv, round_up(kv_len, tiling.block_kv)
+    # dq is summed, and then written, for a stretch of queries and as many heads of the group as VMEM holds a tile of.
+    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
+    key_bytes = 2 * (width + head_dim) * k.dtype.itemsize + (4 + 2 * 4) * width
+    room = stretch_room(block_kv * key_bytes, target)
+    operand_bytes, head_bytes = 2 * width * q.dtype.itemsize, head_dim * (4 + 2 * q.dtype.itemsize)
+    for plane in scores.planes:
+        operand_bytes += 2 * (block_kv if plane.whole else SUBLANES) * plane.itemsize if plane.queries else 0
+    fitting = (room // block_q - operand_bytes) // head_bytes
+    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, fitting))
+    splits = group // heads
+    major, stretches = stretch(q_len, block_q, operand_bytes + heads * head_bytes, room)
+    q_padded = major * stretches
+
+    def q_head(b: Any, h: Any, s: Any, j: Any, g: Any, *lengths: Any) -> Any:
+        # Keys that no query of the stretch sees repeat the last head: nothing is fetched for them.
+        begin, _, _, end = tiling.sequence(b, lengths).visible_q(j * block_kv)
+        visible = begin * block_q < (s + 1) * major
+        if tiling.left is not None or lengths:
+            visible &= end * block_q > s * major
+        return h * heads + jnp.where(visible, g, heads - 1)
+
+    def per_query(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, size, major), lambda *step: (step[0], q_head(*step), 0, step[2]))
+
+    def kv_rows(dim: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, block_kv, dim), lambda b, h, s, j, *_: (b, lax.div(h, splits), j, 0))
+
+    def partial_sum(dim: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, None, block_kv, dim), lambda b, h, s, j, *_: (s, b, h, j, 0))
+
+    dq, dk, dv = pl.pallas_call(
+        partial(_kernel, tiling=tiling, scores=scores, slope=slope_of(spec)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(lengths),
+            grid=(batch, kv_heads * splits, stretches, kv_padded // block_kv, heads),
+            in_specs=[
+                per_query(head_dim),
+                per_query(v_dim),
+                per_query(1),
+                per_query(1),
+                kv_rows(head_dim),
+                pl.BlockSpec((None, None, head_dim, block_kv), lambda b, h, s, j, *_: (b, lax.div(h, splits), 0, j)),
+                kv_rows(v_dim),
+                *(
+                    plane.block(block_kv, major, block_q, lambda *step: (step[0], q_head(*step), step[3], step[2]))
+                    for plane in scores.planes
+                ),
+            ],
+            out_specs=[
+                pl.BlockSpec((None, heads, head_dim, major), lambda b, h, s, *_: (b, h, 0, s)),
+                partial_sum(head_dim),
+                partial_sum(v_dim),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((heads, head_dim, major), jnp.float32),
+                pltpu.VMEM((block_kv, head_dim), jnp.float32),
+                pltpu.VMEM((block_kv, v_dim), jnp.float32),
+                *[pltpu.VMEM((block_kv, block_q), q.dtype)] * 2,
+                *(scratch for plane in scores.planes for scratch in plane.scratch(block_kv, block_q)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, q_heads, head_dim, q_padded), q.dtype),
+            *(
+                jax.ShapeDtypeStruct(
+                    (stretches, batch, kv_heads * splits, kv_padded, dim),
+                    k.dtype if stretches * splits == 1 else jnp.float32,
+                )
+                for dim in (head_dim, v_dim)
+            ),
+        ],
+        name="attention_backward",
+        **call_params(target, ("parallel", "parallel", "parallel", "arbitrary", "arbitrary")),
+    )(
+        *lengths,
+        # As columns: XLA compiles the fused change of both to rows for a minute.
+        columns(q, q_padded),
+        columns(dout, q_padded),
+        *(pad_to(statistic[:, :, None, :], 3, q_padded) for statistic in statistics),
+        rows(k, kv_padded),
+        columns(k, kv_padded),
+        rows(v, kv_padded),
+        *(plane.prepared(arrays.planes[plane.slot], q_padded, kv_padded, block_q) for plane in scores.planes),
+    )
+    dk, dv = (d.reshape(stretches, batch, kv_heads, splits, kv_padded, -1).sum(axis=(0, 3)) for d in (dk, dv))
+    dk, dv = (d[:, :, :kv_len].transpose(0, 2, 1, 3).astype(k.dtype) for d in (dk, dv))
+    return dq[..., :q_len].transpose(0, 3, 1, 2), dk, dv
+
+
+def slope_of(spec: AttentionSpec, variable: Any = SCORE) -> Any:
+    """By how much the score of the call grows with the raw score, or another leaf, as an expression."""
+    return derivative(SCORE if spec.score is None else spec.score, variable)
+
+
+def weigh(scores: Scores, slope: Any, products: jax.Array, dweights: Any, lse: Any, place: Place, masked: bool) -> Any:
+    """Of a folded tile: the weights, and the gradient of what the score has the slope for; 0 where it is not seen."""
+    found, values = scores.of_tile(products, place, masked)
+    weights = jnp.exp2(found - lse)
+    change = weights * dweights
+    if slope != const(1.0):
+        change = jnp.where(found > -jnp.inf, change * full(evaluate(slope, values, FUNCTIONS), change.shape), 0)
+    return weights, change
+
+
+def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
+    """One tile of keys against a stretch of queries, all three gradients at once: five products a tile, not seven.
+
+    dk and dv are complete after the last of the heads; dq stays in VMEM until the last tile of keys.
+    """
+    lengths, refs = refs[: tiling.has_lengths], refs[tiling.has_lengths :]
+    q_ref, dout_ref = refs[:2]  # [head_dim, major] and [v_dim, major], of one query head
+    lse_ref, delta_ref = refs[2:4]  # [1, major]
+    k_ref, k_columns_ref, v_ref = refs[
+        4:7
+    ]  # [block_kv, head_dim], the same keys [head_dim, block_kv], [block_kv, v_dim]
+    planes, refs = refs[7 : 7 + len(scores.planes)], refs[7 + len(scores.planes) :]
+    dq_ref, dk_ref, dv_ref = refs[:3]  # [heads, head_dim, major], [block_kv, head_dim], [block_kv, v_dim]
+    dq_acc, dk_acc, dv_acc = refs[3:6]
+    weights_ref, dscores_ref = refs[6:8]  # [block_kv, block_q], in q's dtype
+    block_q, block_kv, part, scale = tiling.block_q, tiling.block_kv, tiling.part, scores.scale
+    few = common_rows(min(FEW, part // 2), part)
+    b, key, head = pl.program_id(0), pl.program_id(3) * block_kv, pl.program_id(4)
+    q_head = pl.program_id(1) * dq_acc.shape[0] + head
+    tiles = q_ref.shape[1] // block_q
+    first_tile = pl.program_id(2) * tiles
+    sequence = tiling.sequence(b, lengths)
+
+    def tile_of(number: Any) -> Any:
+        return pl.ds(pl.multiple_of(number * block_q, block_q), block_q)
+
+    @pl.when(pl.program_id(3) == 0)
+    def _start_dq() -> None:
+        def clear(tile: Any, _: None) -> None:
+            dq_acc[head, :, tile_of(tile)] = jnp.zeros((dq_acc.shape[1], block_q), jnp.float32)
+
+        lax.fori_loop(0, tiles, clear, None)
+
+    @pl.when(head == 0)
+    def _start_dkv() -> None:
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    def weights_of(tile: Any, row: Any, size: int, masked: bool) -> tuple[jax.Array, jax.Array]:
+        """The weights of some rows of a tile, and the gradients of their scores: [size, block_q]."""
+        at, keys = tile_of(tile), pl.ds(row, size)
+        place = Place(b, q_head, (first_tile + tile) * block_q, key + row, at, keys, sequence, sources)
+        products, dweights = fold(dot(k_ref[keys, :], q_ref[:, at])), fold(dot(v_ref[keys, :], dout_ref[:, at]))
+        found = weigh(scores, slope, products, dweights - delta_ref[:, at], lse_ref[:, at], place, masked)
+        weights, dscores = (unfold(array).astype(q_ref.dtype) for array in found)
+        return weights, dscores
+
+    def add_to_dkv(tile: Any, row: Any, weights: jax.Array, dscores: jax.Array) -> None:
+        at, keys = tile_of(tile), pl.ds(row, part)
+        dv_acc[keys, :] += dot_nt(weights, dout_ref[:, at])
+        dk_acc[keys, :] += dot_nt(dscores, q_ref[:, at])
+
+    def add_to_dq(tile: Any, row: Any, dscores: jax.Array) -> None:
+        dq_acc[head, :, tile_of(tile)] += dot(k_columns_ref[:, pl.ds(row, part)], dscores)
+
+    def step(tile: Any, _: None, masked: bool) -> None:
+        def add(row: int) -> None:
+            weights, dscores = weights_of(tile, row, part, masked)
+            add_to_dkv(tile, row, weights, dscores)
+            add_to_dq(tile, row, dscores)
+
+        for row in range(0, block_kv, part):
+            if masked:
+                pl.when(sequence.sees((first_tile + tile) * block_q, key + row, part))(partial(add, row))
+            else:
+                add(row)
+
+    def step_in_loops(tile: Any, _: None, masked: bool) -> None:
+        """The same with fewer registers: what lies between the products passes through memory, a few rows at a time."""
+
+        def each(size: int, run: Any) -> None:
+            lax.fori_loop(0, block_kv // size, lambda at, _: run(pl.multiple_of(at * size, size)), None)
+
+        def write(row: Any) -> None:
+            keys = pl.ds(row, few)
+            weights_ref[keys, :], dscores_ref[keys, :] = weights_of(tile, row, few, masked)
+
+        def read_dkv(row: Any) -> None:
+            add_to_dkv(tile, row, weights_ref[pl.ds(row, part), :], dscores_ref[pl.ds(row, part), :])
+
+        each(few, write)
+        each(part, read_dkv)
+        each(part, lambda row: add_to_dq(tile, row, dscores_ref[pl.ds(row, part), :]))
+
+    sources = spread(scores.planes, planes, refs[8:], part)
+    run = step_in_loops if tiling.rolled or scores.has_expressions else step
+    run_masked = step_in_loops if tiling.left is not None else run
+    begin, whole_begin, whole_end, end = (jnp.clip(bound - first_tile, 0, tiles) for bound in sequence.visible_q(key))
+    if tiling.has_partial_tiles:
+        whole_begin = jnp.minimum(whole_begin, end)
+        lax.fori_loop(begin, whole_begin, partial(run_masked, masked=True), None)
+    whole_end = jnp.minimum(whole_end, end)
+    lax.fori_loop(whole_begin, whole_end, partial(run, masked=False), None)
+    if tiling.left is not None or tiling.has_partial_queries:
+        lax.fori_loop(jnp.maximum(whole_begin, whole_end), end, partial(run_masked, masked=True), None)
+
+    @pl.when(head == pl.num_programs(4) - 1)
+    def _finish_dkv() -> None:
+        dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
+        dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
+
+    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
+    def _finish_dq() -> None:
+        def write(tile: Any, _: None) -> None:
+            dq_ref[head, :, tile_of(tile)] = (dq_acc[head, :, tile_of(tile)] * scale).astype(dq_ref.dtype)
+
+        lax.fori_loop(0, tiles, write, None)

@@ -1,0 +1,229 @@
+"""The forward kernel of attention on TPUs."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from ..tiles.pallas_tiles import (
+    LANES,
+    LN_2,
+    LOG2_E,
+    SUBLANES,
+    call_params,
+    columns,
+    common_rows,
+    dot,
+    fold,
+    round_up,
+    rows,
+    stretch,
+    stretch_room,
+    unfold,
+)
+from ..tiles.targets import Target
+from .pallas_scores import Place, Scores, spread
+from .pallas_tiling import Tiling
+from .spec import AttentionInputs, AttentionSpec
+from .tiles import AttentionConfig
+
+_PIECE = 64  # rows of weights in registers at a time
+
+
+def forward(
+    spec: AttentionSpec,
+    config: AttentionConfig,
+    target: Target,
+    arrays: AttentionInputs,
+    lengths: tuple[jax.Array, ...],
+) -> tuple[jax.Array, jax.Array]:
+    """out and lse; lengths is int32 [2, batch] of queries and keys, or () where all are those of the arrays."""
+    q, k, v, sinks = arrays.q, arrays.k, arrays.v, arrays.sinks
+    batch, q_len, q_heads, head_dim = q.shape
+    kv_len, kv_heads, v_dim = k.shape[1], k.shape[2], v.shape[3]
+    tiling = Tiling.choose(spec, config.forward, target, (q_len, kv_len), bool(lengths))
+    scores = Scores.of(spec, arrays)
+    block_q, block_kv, q_padded = tiling.block_q, tiling.block_kv, round_up(q_len, tiling.block_q)
+    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
+    key_bytes = 2 * width * k.dtype.itemsize  # the stretch that is computed with, and the next one
+    for plane in scores.planes:
+        key_bytes += (2 * plane.itemsize if plane.queries else 4) * block_q if plane.keys else 0
+    query_bytes = 2 * width * q.dtype.itemsize + 4 * (v_dim + block_kv)
+    major, stretches = stretch(kv_len, block_kv, key_bytes, stretch_room(block_q * query_bytes, target))
+
+    def kv_stretch(b: Any, i: Any, s: Any, *lengths: Any) -> Any:
+        # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
+        begin, _, _, end = tiling.sequence(b, lengths).visible_kv(i * block_q)
+        nearest = jnp.minimum(s, lax.div((jnp.maximum(end, 1) - 1) * block_kv, major))
+        return (
+            nearest if tiling.left is None else jnp.maximum(nearest, lax.div(jnp.minimum(begin, end) * block_kv, major))
+        )
+
+    def k_index(b: Any, h: Any, i: Any, s: Any, *lengths: Any) -> tuple[Any, ...]:
+        return b, lax.div(h, q_heads // kv_heads), kv_stretch(b, i, s, *lengths), 0
+
+    def v_index(b: Any, h: Any, i: Any, s: Any, *lengths: Any) -> tuple[Any, ...]:
+        return b, lax.div(h, q_heads // kv_heads), 0, kv_stretch(b, i, s, *lengths)
+
+    def plane_index(b: Any, h: Any, i: Any, s: Any, *lengths: Any) -> tuple[Any, ...]:
+        return b, h, kv_stretch(b, i, s, *lengths), i
+
+    def per_query(size: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, size, block_q), lambda b, h, i, s, *_: (b, h, 0, i))
+
+    operands = [columns(q, q_padded), rows(k, major * stretches), columns(v, major * stretches)]
+    in_specs = [
+        per_query(head_dim),
+        pl.BlockSpec((None, None, major, head_dim), k_index),
+        pl.BlockSpec((None, None, v_dim, major), v_index),
+    ]
+    if sinks is not None:
+        operands.append(jnp.broadcast_to(sinks[:, :, None, None] * LOG2_E, (batch, q_heads, 1, block_q)))
+        in_specs.append(pl.BlockSpec((None, None, 1, block_q), lambda b, h, *_: (b, h, 0, 0)))
+    for plane in scores.planes:
+        operands.append(plane.prepared(arrays.planes[plane.slot], q_padded, major * stretches, block_q))
+        in_specs.append(plane.block(major, block_q, block_q, plane_index))
+
+    out, lse = pl.pallas_call(
+        partial(_kernel, tiling=tiling, scores=scores, has_sinks=sinks is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(lengths),
+            grid=(batch, q_heads, q_padded // block_q, stretches),
+            in_specs=in_specs,
+            out_specs=[per_query(v_dim), per_query(1)],
+            scratch_shapes=[
+                pltpu.VMEM((v_dim, block_q), jnp.float32),
+                pltpu.VMEM((block_kv, block_q), jnp.float32),
+                pltpu.VMEM((block_kv, block_q), v.dtype),
+                *(pltpu.VMEM((size, block_q), jnp.float32) for size in (1, SUBLANES, SUBLANES)),
+                *(scratch for plane in scores.planes for scratch in plane.scratch(major, block_q)),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, q_heads, v_dim, q_padded), q.dtype),
+            jax.ShapeDtypeStruct((batch, q_heads, 1, q_padded), jnp.float32),
+        ],
+        name="attention_forward",
+        **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
+    )(*lengths, *operands)
+    return out[..., :q_len].transpose(0, 3, 1, 2), lse[:, :, 0, :q_len]
+
+
+def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None:
+    """One tile of queries against a stretch of keys.
+
+    The scores of the next tile are computed while the present one is exponentiated and summed: one keeps the matrix
+    unit busy, the other the vector units. scores_ref passes each part on, written just after it was read. Weights go
+    through memory a piece at a time, and the statistics stay there: registers hold no more than a piece.
+    """
+    lengths, refs = refs[: tiling.has_lengths], refs[tiling.has_lengths :]
+    q_ref, k_ref, v_ref = refs[:3]  # [head_dim, block_q], [major, head_dim], [v_dim, major]
+    sinks_ref, refs = refs[3], refs[3 + has_sinks :]  # [1, block_q], base 2
+    planes, refs = refs[: len(scores.planes)], refs[len(scores.planes) :]
+    out_ref, lse_ref = refs[:2]  # [v_dim, block_q], [1, block_q]
+    # [v_dim, block_q]; [block_kv, block_q]; the same in v's dtype; the maximum, [1, block_q]; that of the written
+    # scores and the sum of the weights, [8, block_q], both still spread over the sublanes.
+    acc, scores_ref, weights_ref, peak_ref, best_ref, total_ref = refs[2:8]
+    block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
+    piece, few = common_rows(_PIECE, part), common_rows(_PIECE * LANES // block_q, part)
+    b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
+    first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
+    sequence = tiling.sequence(b, lengths)
+
+    @pl.when(pl.program_id(3) == 0)
+    def _start() -> None:
+        acc[...] = jnp.zeros_like(acc)
+        if has_sinks:  # a sink is a key whose value is 0
+            peak_ref[...] = sinks_ref[...]
+            total_ref[...] = jnp.broadcast_to(jnp.where(sinks_ref[...] == -jnp.inf, 0, 1 / SUBLANES), total_ref.shape)
+        else:
+            peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
+            total_ref[...] = jnp.zeros_like(total_ref)
+
+    def score(tile: Any, row: int, masked: bool) -> None:
+        """Write one part of a tile's scores, and keep their maximum.
+
+        Long expressions take a few rows at a time, in a loop: whatever they compute stays in registers.
+        """
+        first = pl.multiple_of(tile * block_kv, block_kv) + row
+        products = dot(k_ref[pl.ds(first, part), :], q_ref[...])
+        if not (scores.has_expressions or (masked and tiling.left is not None)):
+            finish(row, first, fold(products), masked)
+            return
+        scores_ref[row : row + part, :] = products
+
+        def each(number: Any, _: None) -> None:
+            at = pl.multiple_of(number * few, few)
+            finish(row + at, first + at, fold(scores_ref[pl.ds(row + at, few), :]), masked)
+
+        lax.fori_loop(0, part // few, each, None)
+
+    def finish(row: Any, first: Any, products: jax.Array, masked: bool) -> None:
+        """Make scores of some rows of a tile's products, which lie at `first` in the stretch."""
+        size = products.shape[0] * SUBLANES
+        key, keys = first_tile * block_kv + first, pl.ds(first, size)
+        place = Place(b, h, query, key, pl.ds(0, block_q), keys, sequence, sources)
+        found, _ = scores.of_tile(products, place, masked)
+        scores_ref[pl.ds(row, size), :] = unfold(found)
+        best_ref[...] = jnp.maximum(best_ref[...], found.max(axis=0))
+
+    def step(tile: Any, _: None, following: bool, masked: bool = False) -> None:
+        """Add a tile whose scores are written, and write those of the following one."""
+        peak = peak_ref[...]
+        new_peak = jnp.maximum(peak, best_ref[...].max(axis=0, keepdims=True))
+        finite_peak = jnp.where(new_peak == -jnp.inf, 0, new_peak)
+        shrink = jnp.exp2(peak - finite_peak)
+        peak_ref[...] = new_peak
+        best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
+        total_ref[...] = total_ref[...] * shrink
+        acc[...] = acc[...] * shrink
+        for row in range(0, block_kv, part):
+            for start in range(row, row + part, piece):
+                weights = jnp.exp2(scores_ref[start : start + piece, :] - finite_peak)
+                total_ref[...] += fold(weights).sum(axis=0)
+                weights_ref[start : start + piece, :] = weights.astype(v_ref.dtype)
+            at = pl.ds(pl.multiple_of(tile * block_kv, block_kv) + row, part)
+            acc[...] += dot(v_ref[:, at], weights_ref[row : row + part, :])
+            if following:
+                score(tile + 1, row, masked)
+
+    sources = spread(scores.planes, planes, refs[8:], part)
+    tiles = k_ref.shape[0] // block_kv
+    bounds = sequence.visible_kv(query)
+    begin, whole_begin, whole_end, end = (jnp.clip(bound - first_tile, 0, tiles) for bound in bounds)
+
+    @pl.when(end > begin)
+    def _walk() -> None:
+        best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
+        for row in range(0, block_kv, part):
+            score(begin, row, masked=tiling.has_partial_tiles)
+        # Each loop goes by the tile whose scores it writes, the one after the tile that it adds.
+        first = begin
+        if tiling.left is not None:
+            first = jnp.clip(whole_begin - 1, begin, end - 1)
+            lax.fori_loop(begin, first, partial(step, following=True, masked=True), None)
+        last = jnp.maximum(jnp.minimum(whole_end, end) - 1, first)
+        lax.fori_loop(first, last, partial(step, following=True), None)
+        if tiling.has_partial_tiles:
+            lax.fori_loop(last, end - 1, partial(step, following=True, masked=True), None)
+        step(end - 1, None, following=False)
+
+    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
+    def _finish() -> None:
+        total = total_ref[...].sum(axis=0, keepdims=True)
+        peak, summed = peak_ref[...], acc[...]
+        if tiling.has_lengths:  # queries past the end, of which anything can have come
+            exist = lax.broadcasted_iota(jnp.int32, peak.shape, 1) < sequence.q_len - query
+            summed = jnp.where(exist, summed, 0)
+            peak = jnp.where(exist, peak, sinks_ref[...] if has_sinks else -jnp.inf)
+            total = jnp.where(exist, total, jnp.where(peak == -jnp.inf, 0.0, 1.0))
+        empty = total == 0
+        divisor = jnp.where(empty, 1, total)
+        out_ref[...] = (summed / divisor).astype(out_ref.dtype)
+        lse_ref[...] = jnp.where(empty, -jnp.inf, (peak + jnp.log2(divisor)) * LN_2)

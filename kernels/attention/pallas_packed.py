@@ -1,0 +1,93 @@
+"""Packed sequences on TPUs: spread over a batch of the longest's length, and gathered again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .spec import AttentionInputs, AttentionSpec
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of one side are: `[1, tokens, ...]` packed, `[sequences, size, ...]` spread.
+
+    Attributes:
+        starts: int32 `[sequences + 1]`.
+        tokens: of the packed array.
+        size: of the spread one, not below the longest sequence.
+    """
+
+    starts: jax.Array
+    tokens: int
+    size: int
+
+    @property
+    def sequences(self) -> int:
+        return self.starts.shape[0] - 1
+
+    @property
+    def lengths(self) -> jax.Array:
+        return jnp.diff(self.starts)
+
+    def spread(self, array: Any) -> Any:
+        """What stands past the end of a sequence is some other token's."""
+        if array is None:
+            return None
+        places = self.starts[:-1, None] + jnp.arange(self.size, dtype=jnp.int32)
+        return array[0][jnp.clip(places, 0, max(self.tokens - 1, 0))]
+
+    def packed(self, array: jax.Array, absent: float = 0.0) -> jax.Array:
+        """The reverse; tokens that no sequence has get the value `absent`."""
+        if 0 in array.shape[:2]:
+            return jnp.full((1, self.tokens, *array.shape[2:]), absent, array.dtype)
+        token = jnp.arange(self.tokens, dtype=jnp.int32)
+        sequence = jnp.searchsorted(self.starts, token, side="right", method="compare_all").astype(jnp.int32) - 1
+        known = jnp.clip(sequence, 0, self.sequences - 1)
+        found = array[known, jnp.clip(token - self.starts[known], 0, self.size - 1)]
+        exists = (token < self.starts[-1]).reshape(-1, *[1] * (found.ndim - 1))
+        return jnp.where(exists, found, jnp.asarray(absent, found.dtype))[None]
+
+
+def packings(spec: AttentionSpec, arrays: AttentionInputs) -> tuple[Packing, Packing]:
+    """Of the queries and of the keys."""
+    tokens = arrays.q.shape[1], arrays.k.shape[1]
+    starts = arrays.cu_seqlens_q, arrays.cu_seqlens_k
+    bounds = spec.max_seqlen_q, spec.max_seqlen_k
+    return tuple(
+        Packing(start.astype(jnp.int32), count, count if bound is None else min(bound, count))
+        for start, count, bound in zip(starts, tokens, bounds, strict=True)
+    )  # type: ignore[return-value]
+
+
+def spread_inputs(arrays: AttentionInputs, queries: Packing, keys: Packing) -> AttentionInputs:
+    """The inputs as a batch of sequences with lengths."""
+    sinks = arrays.sinks
+    if sinks is not None:
+        sinks = jnp.broadcast_to(sinks, (queries.sequences, sinks.shape[1]))
+    return arrays._replace(
+        q=queries.spread(arrays.q),
+        k=keys.spread(arrays.k),
+        v=keys.spread(arrays.v),
+        q_lengths=queries.lengths,
+        kv_lengths=keys.lengths,
+        cu_seqlens_q=None,
+        cu_seqlens_k=None,
+        sinks=sinks,
+    )
+
+
+def spread_rows(statistic: Any, queries: Packing) -> Any:
+    """`[1, heads, tokens]` -> `[sequences, heads, size]`, -inf past the end of a sequence."""
+    if statistic is None:
+        return None
+    exists = jnp.arange(queries.size) < queries.lengths[:, None, None]
+    return jnp.where(exists, queries.spread(statistic.swapaxes(1, 2)).swapaxes(1, 2), -jnp.inf)
+
+
+def packed_rows(statistic: jax.Array, queries: Packing) -> jax.Array:
+    """The reverse; -inf for tokens that no sequence has."""
+    return queries.packed(statistic.swapaxes(1, 2), -jnp.inf).swapaxes(1, 2)

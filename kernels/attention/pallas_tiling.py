@@ -1,0 +1,186 @@
+"""Which tiles of attention there are on a TPU, which of them are visible, and the mask of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..tiles.pallas_tiles import SUBLANES, few_registers, fit_block
+from ..tiles.targets import Target
+from .spec import AttentionSpec
+from .tiles import AttentionTiles
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Tiles of block_q queries against block_kv keys, those computed in parts of `part` rows of keys.
+
+    Attributes:
+        q_size, kv_size: of the arrays; the lengths of all sequences if has_lengths is False.
+        left, right: the window.
+        has_lengths: whether each batch item has its own lengths.
+        hides_queries: whether the mask covers what lies past the last query, where an expression may give anything.
+        rolled: whether a chip has so few registers that only loops keep the compiler from spilling them.
+    """
+
+    q_size: int
+    kv_size: int
+    block_q: int
+    block_kv: int
+    part: int
+    left: int | None
+    right: int | None
+    has_lengths: bool
+    hides_queries: bool
+    rolled: bool
+
+    @staticmethod
+    def choose(
+        spec: AttentionSpec,
+        tiles: AttentionTiles,
+        target: Target,
+        sizes: tuple[int, int],
+        has_lengths: bool,
+        hides_queries: bool = False,
+    ) -> Tiling:
+        block_q = fit_block("config.block_q", tiles.block_q, sizes[0], target)
+        block_kv = fit_block("config.block_kv", tiles.block_kv, sizes[1], target)
+        part = gcd(target.matrix_unit or 2 * SUBLANES, block_kv)
+        window = _within(spec.left, sizes), _within(spec.right, sizes)
+        return Tiling(*sizes, block_q, block_kv, part, *window, has_lengths, hides_queries, few_registers(target))
+
+    @property
+    def ends_with_window(self) -> bool:
+        """Whether no query sees a key past the last one, because its window ends before."""
+        return self.right is not None and self.right <= 0
+
+    @property
+    def has_partial_tiles(self) -> bool:
+        """Whether there are tiles of which a query sees only some keys."""
+        window = self.left is not None or self.right is not None
+        return window or self.has_lengths or self.kv_size % self.block_kv != 0 or self.has_partial_queries
+
+    @property
+    def has_partial_queries(self) -> bool:
+        return self.hides_queries and (self.has_lengths or self.q_size % self.block_q != 0)
+
+    def sequence(self, b: Any, lengths: tuple[Any, ...]) -> Sequence:
+        """Batch item b; lengths is (the reference to int32 [2, batch],), or () without lengths."""
+        if not self.has_lengths:
+            return Sequence(self, self.q_size, self.kv_size)
+        return Sequence(self, lengths[0][0, b], lengths[0][1, b])
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A batch item: its tiles, and its lengths, which are numbers that a kernel reads where it has lengths."""
+
+    tiling: Tiling
+    q_len: Any
+    kv_len: Any
+
+    @property
+    def offset(self) -> Any:
+        """Query i's window lies around the key i + offset."""
+        return self.kv_len - self.q_len
+
+    def visible_kv(self, query: Any) -> tuple[Any, Any, Any, Any]:
+        """For the tile of queries at `query`: the first tile of keys that some see, the first and the end of those that
+        all see whole, and the end of those that some see."""
+        tiling, clip = self.tiling, self._clip_to(self.kv_len)
+        first = query + self.offset
+        last = first + tiling.block_q - 1
+        begin = whole_begin = 0
+        end = whole_end = self.kv_len
+        if tiling.left is not None:
+            begin, whole_begin = clip(first - tiling.left), clip(last - tiling.left)
+        if tiling.right is not None:
+            whole_end, end = clip(first + tiling.right + 1), clip(last + tiling.right + 1)
+        if tiling.has_lengths:
+            end = jnp.where(query < self.q_len, end, 0)
+        return _tiles(begin, whole_begin, whole_end, end, tiling.block_kv)
+
+    def visible_q(self, key: Any) -> tuple[Any, Any, Any, Any]:
+        """The same of the tiles of queries, for the tile of keys at `key`."""
+        tiling, clip = self.tiling, self._clip_to(self.q_len)
+        first = key - self.offset
+        last = first + tiling.block_kv - 1
+        begin = whole_begin = 0
+        end = self.q_len
+        whole_end = end if tiling.has_partial_queries else _round_up(end, tiling.block_q)
+        if tiling.right is not None:
+            begin, whole_begin = clip(first - tiling.right), clip(last - tiling.right)
+        if tiling.left is not None:
+            whole_end, end = clip(first + tiling.left + 1), clip(last + tiling.left + 1)
+        if tiling.has_lengths:
+            end = jnp.where(key < self.kv_len, end, 0)
+        if not tiling.ends_with_window and (tiling.has_lengths or tiling.kv_size % tiling.block_kv):
+            whole_begin = jnp.where(key + tiling.block_kv > self.kv_len, _round_up(end, tiling.block_q), whole_begin)
+        return _tiles(begin, whole_begin, whole_end, end, tiling.block_q)
+
+    def sees(self, query: Any, key: Any, rows: int) -> Any:
+        """Whether some query of the tile at `query` sees some of the keys from `key`.
+
+        Where windows end at the last key, padded queries see padded keys; both are cut off.
+        """
+        tiling = self.tiling
+        if tiling.right is not None:
+            seen = key <= query + tiling.block_q - 1 + self.offset + tiling.right
+        else:
+            seen = key < self.kv_len
+        if tiling.left is not None:
+            seen = seen & (key + rows - 1 >= query + self.offset - tiling.left)
+        return seen
+
+    def mask(self, query: Any, key: Any, rows: int) -> jax.Array:
+        """bool [rows / 8, 8, block_q]: which queries from `query` see which keys from `key`.
+
+        The comparison is by group of eight keys, so that what a loop keeps in registers is one group's indices.
+        """
+        tiling = self.tiling
+        keys, queries = (lax.broadcasted_iota(jnp.int32, (1, SUBLANES, tiling.block_q), axis) for axis in (1, 2))
+        group = SUBLANES * lax.broadcasted_iota(jnp.int32, (rows // SUBLANES, SUBLANES, tiling.block_q), 0)
+        conditions = []
+        if tiling.right is not None:
+            conditions.append(keys - queries <= query - key + self.offset + tiling.right - group)
+        if tiling.left is not None:
+            conditions.append(keys - queries >= query - key + self.offset - tiling.left - group)
+        if not tiling.ends_with_window:
+            conditions.append(keys < self.kv_len - key - group)
+        if tiling.has_partial_queries:
+            conditions.append(jnp.broadcast_to(queries < self.q_len - query, group.shape))
+        seen = conditions[0]
+        for condition in conditions[1:]:
+            seen = seen & condition
+        return seen
+
+    def _clip_to(self, size: Any) -> Any:
+        return lambda x: jnp.clip(x, 0, size)
+
+
+def _within(bound: int | None, sizes: tuple[int, int]) -> int | None:
+    """A window's bound; one past everything is as good as one at its end, and does not overflow."""
+    return None if bound is None else max(-sum(sizes), min(bound, sum(sizes)))
+
+
+def _tiles(begin: Any, whole_begin: Any, whole_end: Any, end: Any, block: int) -> tuple[Any, Any, Any, Any]:
+    """Positions, not negative, as numbers of tiles."""
+    return (
+        _div(begin, block),
+        _div(whole_begin + block - 1, block),
+        _div(whole_end, block),
+        _div(end + block - 1, block),
+    )
+
+
+def _div(x: Any, y: int) -> Any:
+    return x // y if isinstance(x, int) else lax.div(x, y)
+
+
+def _round_up(x: Any, block: int) -> Any:
+    return _div(x + block - 1, block) * block

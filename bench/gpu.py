@@ -22,12 +22,23 @@ _TYPES = {
     "float32": "fp32",
     "float16": "fp16",
     "bfloat16": "bf16",
+    "float8_e4m3fn": "fp8e4nv",
     "int64": "i64",
     "int32": "i32",
     "int8": "i8",
     "bool": "i1",
 }
-_ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int8": 1, "bool": 1}
+_ITEM_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "int32": 4,
+    "int8": 1,
+    "bool": 1,
+}
 _DIVISIBLE = ["tt.divisibility", 16]
 _NEAR = ["tt.pointer_range", 32]
 

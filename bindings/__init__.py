@@ -9,8 +9,21 @@
 
 from crosstile.dispatch import explain, supports, target, use
 from crosstile.kernels.tiles.errors import UnsupportedError
-from crosstile.ops import attention, matmul
+from crosstile.merge import merge_attention
+from crosstile.ops import attention, matmul, varlen_attention
+from crosstile.paged import paged_attention
 
 __version__ = "0.1.0"
 
-__all__ = ["UnsupportedError", "attention", "explain", "matmul", "supports", "target", "use"]
+__all__ = [
+    "UnsupportedError",
+    "attention",
+    "explain",
+    "matmul",
+    "merge_attention",
+    "paged_attention",
+    "supports",
+    "target",
+    "use",
+    "varlen_attention",
+]

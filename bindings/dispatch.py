@@ -13,14 +13,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from crosstile.kernels import attention, matmul
+from crosstile.kernels import attention, matmul, paged_attention
 from crosstile.kernels.tiles.errors import UnsupportedError
+from crosstile.kernels.tiles.expressions import show
 from crosstile.kernels.tiles.targets import INTERPRET, Target, get_target
 
 IMPLEMENTATIONS = ("numpy", "triton", "pallas", "library")
@@ -63,14 +64,22 @@ class Op:
     Attributes:
         name: of the folder and of the public function.
         package: the folder.
-        inputs: names of the arrays, in the order of every implementation's `forward`.
-        outputs: names of what `forward` returns.
     """
 
     name: str
     package: ModuleType
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the arrays, in the order of every implementation's `forward`."""
+        names: tuple[str, ...] = self.module("spec").INPUTS
+        return names
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what `forward` returns."""
+        names: tuple[str, ...] = self.module("spec").OUTPUTS
+        return names
 
     def module(self, file: str) -> ModuleType:
         """`spec`, `tiles`, or an implementation's file, imported when first needed."""
@@ -78,13 +87,7 @@ class Op:
         return module
 
 
-OPS = {
-    op.name: op
-    for op in (
-        Op("attention", attention, ("q", "k", "v"), ("out", "lse")),
-        Op("matmul", matmul, ("a", "b", "bias", "residual"), ("out", "preactivation")),
-    )
-}
+OPS = {op.name: op for op in (Op("attention", attention), Op("matmul", matmul), Op("paged_attention", paged_attention))}
 
 
 @contextmanager
@@ -248,7 +251,7 @@ def choose(op: Op, spec: Any, arrays: tuple[Any, ...], named: str | None) -> Cho
     framework = framework_of(op.inputs, arrays)
     side = glue(framework)
     chip = _surroundings.target or side.target_of(arrays[0])
-    needs_grad = side.needs_grad(arrays)
+    needs_grad = _needs_grad(op, spec, side, arrays)
     if named is not None:
         order: tuple[str, ...] = (_known(named, "implementation"),)
     else:
@@ -260,6 +263,11 @@ def choose(op: Op, spec: Any, arrays: tuple[Any, ...], named: str | None) -> Cho
             return Choice(name, chip, framework, named, reasons, order[:position])
         reasons[name] = tuple(why)
     return Choice(None, chip, framework, named, reasons, order)
+
+
+def _needs_grad(op: Op, spec: Any, side: ModuleType, arrays: tuple[Any, ...]) -> bool:
+    """Whether a backward will be asked for; JAX may always ask, which says nothing of an op that has none."""
+    return bool(side.needs_grad(arrays)) and (side.KNOWS_NEED or bool(op.module("spec").differentiable(spec)))
 
 
 @dataclass(frozen=True)
@@ -282,12 +290,24 @@ class Explanation:
             lines = [f"{self.op}: nothing can run ({self.origin})."]
         else:
             lines = [f"{self.op} runs with '{self.choice.implementation}' {where}, {self.origin}."]
-        lines.append(f"  arrays: {self.choice.framework}; {self.spec}")
+        lines.append(f"  arrays: {self.choice.framework}; {_in_words(self.spec)}")
         if self.config is not None:
             lines.append(f"  tiles: {self.config}")
         for name, why in self.others.items():
             lines.append(f"  {name}: " + (". ".join(why) if why else f"could run; ask with implementation='{name}'"))
         return "\n".join(lines)
+
+
+def _in_words(spec: Any) -> str:
+    """What a spec says beyond its defaults."""
+    said = [
+        (field.name, getattr(spec, field.name)) for field in fields(spec) if getattr(spec, field.name) != field.default
+    ]
+    return ", ".join(f"{name} {show(value) if _is_expression(value) else value}" for name, value in said)
+
+
+def _is_expression(value: Any) -> bool:
+    return isinstance(value, tuple) and bool(value) and isinstance(value[0], str)
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
@@ -300,13 +320,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     >>> print(str(explain("attention", x, x, x, causal=True)).splitlines()[0])
     attention runs with 'numpy' on numpy's own device, the choice for numpy arrays on cpu.
     """
-    from crosstile import ops
+    from crosstile import arguments
 
-    if op not in OPS:
-        raise ValueError(f"op: got {op!r}; it must be one of {', '.join(OPS)}")
+    if op not in arguments.PREPARE:
+        raise ValueError(f"op: got {op!r}; it must be one of {', '.join(arguments.PREPARE)}")
     named, config = kwargs.pop("implementation", None), kwargs.pop("config", None)
-    spec, arrays = ops.PREPARE[op](*args, **kwargs)
-    subject = OPS[op]
+    spec, arrays = arguments.PREPARE[op](*args, **kwargs)
+    subject = OPS[arguments.RUN_BY.get(op, op)]
     origin = "as the call says"
     if named is None and (named := _surroundings.implementation):
         origin = "as crosstile.use says"
@@ -320,7 +340,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     side = glue(choice.framework)
     others = {
         name: side.obstacles(name, choice.target, arrays)
-        or supports(op, name, spec, choice.target, side.needs_grad(arrays))
+        or supports(subject.name, name, spec, choice.target, _needs_grad(subject, spec, side, arrays))
         for name in IMPLEMENTATIONS
         if name != choice.implementation
     }

@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crosstile import arguments, plans
 from crosstile import numpy as host
-from crosstile import ops, plans
 from crosstile.dispatch import Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
+from crosstile.kernels.tiles.expressions import functions_of
 from crosstile.kernels.tiles.launch import Array, Plan, contiguous
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target
 
@@ -34,6 +35,9 @@ _TPU_KINDS = {  # jax's device_kind
     "TPU v7x": "v7x",
 }
 _GPU_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin", "jax_rocm7_plugin", "jax_rocm60_plugin")
+
+
+KNOWS_NEED = False  # whether `needs_grad` is sure, and not only possible
 
 
 def on_cpu(array: Any) -> bool:
@@ -71,6 +75,45 @@ def needs_grad(arrays: tuple[Any, ...]) -> bool:
     return True
 
 
+def wants_gradient(array: Any) -> bool:
+    """Whether whoever transforms the call may ask for that array's gradient."""
+    return isinstance(array, jax.Array) and bool(jnp.issubdtype(array.dtype, jnp.floating))
+
+
+def as_int32(array: Any) -> Any:
+    """Ids, lengths and offsets as kernels read them."""
+    return jnp.asarray(array).astype(jnp.int32)
+
+
+def spread(array: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """In that dtype, and repeated to that shape."""
+    return jnp.broadcast_to(array.astype(dtype), shape)
+
+
+def as_plane(array: Any, like: Any) -> Any:
+    """An array beside the scores, as kernels read it: bool, int32, or a float no wider than q."""
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return as_int32(array)
+    return array.astype(jnp.float32) if array.dtype == jnp.float64 and like.dtype != jnp.float64 else jnp.asarray(array)
+
+
+def index_grid(size: Any, axis: int, like: Any) -> Any:
+    """0, 1, ... along one of four axes."""
+    return jnp.arange(size, dtype=jnp.int32).reshape([-1 if at == axis else 1 for at in range(4)])
+
+
+def functions() -> dict[str, Any]:
+    """What the ops of an expression mean for JAX arrays."""
+    return functions_of(jnp)
+
+
+def look_up(held: Any, indices: list[Any], like: Any) -> Any:
+    """The elements at those indices, which broadcast to four dimensions; an index past an end takes the end."""
+    clipped = tuple(jnp.clip(index, 0, size - 1) for index, size in zip(indices, held.shape, strict=True))
+    found = jnp.asarray(held)[clipped]
+    return as_plane(found if found.ndim == 4 else found.reshape(1, 1, 1, 1), like)
+
+
 def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> tuple[str, ...]:
     """Why that implementation cannot take JAX arrays for that target."""
     if implementation != "triton" or target.interpreted or target.is_tpu:
@@ -91,7 +134,7 @@ def call(
     op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
 ) -> tuple[Any, ...]:
     """The op's outputs, differentiable."""
-    spec, arrays, shape = ops.CANONICAL[op.name](jnp, spec, arrays)
+    spec, arrays, shape = arguments.CANONICAL[op.name](jnp, spec, arrays)
     outputs = _differentiable(op, spec, implementation, config, target)(*arrays)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
 
@@ -169,7 +212,11 @@ def _run_in_callback(
 
 def _result_shapes(op: Op, direction: str, spec: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
     if direction == "backward":
-        return tuple(None if array is None else jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operands[0])
+        present = plans.present_gradients(op, spec, operands[0])
+        return tuple(
+            jax.ShapeDtypeStruct(array.shape, array.dtype) if there else None
+            for array, there in zip(operands[0], present, strict=True)
+        )
     shapes = op.module("spec").output_shapes(spec, *operands)
     return tuple(None if shape is None else jax.ShapeDtypeStruct(shape[0], jnp.dtype(shape[1])) for shape in shapes)
 
@@ -190,16 +237,14 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
         if not all(launch.grid):  # nothing to compute: its outputs have no elements
             memory |= {name: jnp.zeros(described[name].shape, described[name].dtype) for name in launch.outputs}
             continue
-        absent = {_parameter(launch, position): None for position, name in enumerate(launch.inputs) if not name}
         results = jax_triton.triton_call(
-            *(memory[name] for name in launch.inputs if name),
+            *(memory[name] if name else 1 for name in launch.inputs),  # the kernels never read an absent array
             kernel=launch.kernel,
             out_shape=[_struct(described[name]) for name in launch.outputs],
             grid=launch.grid,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             compute_capability=target.capability or None,
-            **absent,
             **launch.numbers,
             **launch.constants,
         )
@@ -217,11 +262,6 @@ def _jax_triton() -> Any:
     else:
         os.environ["TRITON_CACHE_DIR"] = folder
     return jax_triton
-
-
-def _parameter(launch: Any, position: int) -> str:
-    name: str = launch.kernel.arg_names[position]
-    return name
 
 
 def _describe(array: Any) -> Array:

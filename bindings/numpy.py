@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from crosstile import ops, plans
+from crosstile import arguments, plans
 from crosstile.dispatch import Op
+from crosstile.kernels.tiles.expressions import functions_of
 from crosstile.kernels.tiles.launch import Array
 from crosstile.kernels.tiles.targets import INTERPRET, Target
+
+KNOWS_NEED = True  # whether `needs_grad` is sure, and not only possible
 
 
 def on_cpu(array: Any) -> bool:
@@ -41,7 +44,7 @@ def call(
 ) -> tuple[Any, ...]:
     """The op's outputs."""
     arrays = plans.map_arrays(lambda array: array.astype(array.dtype.newbyteorder("="), copy=False), arrays)
-    spec, arrays, shape = ops.CANONICAL[op.name](np, spec, arrays)
+    spec, arrays, shape = arguments.CANONICAL[op.name](np, spec, arrays)
     outputs = execute(op, "forward", spec, arrays, implementation, config, target)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
 
@@ -65,6 +68,46 @@ def execute(
     from crosstile import jax
 
     return jax.execute_on_host(op, direction, spec, operands, config, target)
+
+
+def wants_gradient(array: Any) -> bool:
+    """NumPy records no gradients."""
+    return False
+
+
+def as_int32(array: Any) -> Any:
+    """Ids, lengths and offsets as kernels read them."""
+    return np.ascontiguousarray(array, np.int32)
+
+
+def spread(array: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """In that dtype, and repeated to that shape."""
+    return np.broadcast_to(np.asarray(array).astype(dtype, copy=False), shape)
+
+
+def as_plane(array: Any, like: Any) -> Any:
+    """An array beside the scores, as kernels read it: bool, int32, or a float no wider than q."""
+    kind = array.dtype.kind
+    if kind in "iu":
+        return as_int32(array)
+    return array.astype(np.float32) if array.dtype == np.float64 and like.dtype != np.float64 else array
+
+
+def index_grid(size: Any, axis: int, like: Any) -> Any:
+    """0, 1, ... along one of four axes."""
+    return np.arange(size, dtype=np.int32).reshape([-1 if at == axis else 1 for at in range(4)])
+
+
+def functions() -> dict[str, Any]:
+    """What the ops of an expression mean for NumPy arrays."""
+    return functions_of(np)
+
+
+def look_up(held: Any, indices: list[Any], like: Any) -> Any:
+    """The elements at those indices, which broadcast to four dimensions; an index past an end takes the end."""
+    clipped = tuple(np.clip(index, 0, size - 1) for index, size in zip(indices, held.shape, strict=True))
+    found = np.asarray(held)[clipped]
+    return as_plane(found if found.ndim == 4 else found.reshape(1, 1, 1, 1), like)
 
 
 def _describe(array: np.ndarray) -> Array:

@@ -49,9 +49,16 @@ def from_names(op: Op, direction: str, named: Mapping[str, Any]) -> tuple[Any, .
 
 
 def present_results(op: Op, direction: str, spec: Any, operands: tuple[Any, ...]) -> tuple[bool, ...]:
-    """Which results there are: a backward has none for an absent input."""
-    results = operands[0] if direction == "backward" else op.module("spec").output_shapes(spec, *operands)
-    return tuple(result is not None for result in results)
+    """Which results there are."""
+    if direction == "backward":
+        return present_gradients(op, spec, operands[0])
+    return tuple(result is not None for result in op.module("spec").output_shapes(spec, *operands))
+
+
+def present_gradients(op: Op, spec: Any, inputs: tuple[Any, ...]) -> tuple[bool, ...]:
+    """For each input whether a backward has its gradient: not if it is absent, or has none."""
+    names = op.module("spec").differentiable(spec)
+    return tuple(array is not None and name in names for name, array in zip(op.inputs, inputs, strict=True))
 
 
 def collect(op: Op, direction: str, plan: Plan, results: Sequence[Any]) -> tuple[Any, ...]:

@@ -18,12 +18,14 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
+from crosstile import arguments, plans
 from crosstile import numpy as host
-from crosstile import ops, plans
 from crosstile.dispatch import OPS, Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
+from crosstile.kernels.tiles.expressions import parse, text_of
 from crosstile.kernels.tiles.launch import Array, Plan
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, get_target
+from crosstile.kernels.tiles.torch_functions import functions_of_torch
 
 _SCHEMA_TYPES = {
     "bool": "bool",
@@ -33,7 +35,12 @@ _SCHEMA_TYPES = {
     "int | None": "int?",
     "float | None": "float?",
     "str | None": "str?",
+    "tuple[int, ...]": "int[]",
+    "Expression | None": "str?",
 }
+
+
+KNOWS_NEED = True  # whether `needs_grad` is sure, and not only possible
 
 
 def on_cpu(array: Tensor) -> bool:
@@ -64,6 +71,49 @@ def needs_grad(arrays: tuple[Any, ...]) -> bool:
     return torch.is_grad_enabled() and any(array is not None and array.requires_grad for array in arrays)
 
 
+def wants_gradient(array: Any) -> bool:
+    """Whether autograd may ask for that array's gradient."""
+    return isinstance(array, Tensor) and array.requires_grad
+
+
+def as_int32(array: Tensor) -> Tensor:
+    """Ids, lengths and offsets as kernels read them."""
+    return array.to(torch.int32).contiguous()
+
+
+def spread(array: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """In that dtype, and repeated to that shape."""
+    return array.to(getattr(torch, dtype)).expand(shape)
+
+
+def as_plane(array: Tensor, like: Tensor) -> Tensor:
+    """An array beside the scores, as kernels read it: bool, int32, or a float no wider than q."""
+    if array.dtype == torch.float64 and like.dtype != torch.float64:
+        return array.to(torch.float32)
+    return array if array.dtype.is_floating_point or array.dtype == torch.bool else array.to(torch.int32)
+
+
+def index_grid(size: Any, axis: int, like: Tensor) -> Tensor:
+    """0, 1, ... along one of four axes."""
+    return torch.arange(size, dtype=torch.int32, device=like.device).reshape([-1 if a == axis else 1 for a in range(4)])
+
+
+def functions() -> dict[str, Any]:
+    """What the ops of an expression mean for tensors."""
+    return functions_of_torch()
+
+
+def look_up(held: Any, indices: list[Any], like: Tensor) -> Tensor:
+    """The elements at those indices, which broadcast to four dimensions; an index past an end takes the end."""
+    held = torch.as_tensor(held, device=like.device)
+    clipped = tuple(
+        index.clamp(0, size - 1) if isinstance(index, Tensor) else min(max(index, 0), size - 1)
+        for index, size in zip(indices, held.shape, strict=True)
+    )
+    found = held[clipped] if clipped else held
+    return as_plane(found if found.dim() == 4 else found.reshape(1, 1, 1, 1), like)
+
+
 def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> tuple[str, ...]:
     """Why that implementation cannot take these tensors for that target."""
     device = arrays[0].device.type
@@ -84,14 +134,25 @@ def call(
 ) -> tuple[Any, ...]:
     """The op's outputs, recorded by autograd."""
     _check_devices(op, arrays)
-    spec, arrays, shape = ops.CANONICAL[op.name](torch, spec, arrays)
+    spec, arrays, shape = arguments.CANONICAL[op.name](torch, spec, arrays)
     if needs_grad(arrays):
         spec = op.module("spec").saving(spec)
+    if torch._C._are_functorch_transforms_active():
+        arrays = _one_leading_size(arrays)
     operator = _OPERATORS[op.name]
-    options = [getattr(spec, name) for name in operator.options]
+    options = [_encoded(getattr(spec, name), kind) for name, kind in operator.options.items()]
     tiles = None if config is None else flatten_config(config)
     outputs = operator(*arrays, *options, implementation, target.name, tiles)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
+
+
+def _one_leading_size(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Arrays whose batch of one stands for every item, repeated: `vmap` lets the mapped dimension join the batch."""
+    batch = arrays[0].shape[0]
+    return tuple(
+        array.expand(batch, *array.shape[1:]) if array is not None and array.shape[0] == 1 else array
+        for array in arrays
+    )
 
 
 def _check_devices(op: Op, arrays: tuple[Any, ...]) -> None:
@@ -108,12 +169,12 @@ class _Recorded:
     Attributes:
         operator: with the derivative registered, for autograd, compile and export.
         function: the same as an autograd.Function, for the transforms of torch.func.
-        options: names of the spec's options, in the order of the schema.
+        options: the spec's options and their types, in the order of the schema.
     """
 
     operator: CustomOpDef
     function: type[torch.autograd.Function]
-    options: tuple[str, ...]
+    options: dict[str, str]
 
     def __call__(self, *args: Any) -> Any:
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
@@ -122,11 +183,11 @@ class _Recorded:
 
 
 def _record(
-    operator: CustomOpDef, fake: Callable[..., Any], remember: Any, differentiate: Any, options: tuple[str, ...]
+    op: Op, operator: CustomOpDef, fake: Callable[..., Any], remember: Any, differentiate: Any, options: dict[str, str]
 ) -> _Recorded:
     operator.register_fake(fake)
     operator.register_autograd(differentiate, setup_context=remember)
-    operator.register_vmap(lambda info, in_dims, *args: _fold(operator, info.batch_size, in_dims, args))
+    operator.register_vmap(lambda info, in_dims, *args: _fold(op, operator, info.batch_size, in_dims, args))
     methods = {"forward": operator, "setup_context": remember, "backward": differentiate}
     members = {"generate_vmap_rule": True} | {name: staticmethod(method) for name, method in methods.items()}
     return _Recorded(operator, type(operator._name, (torch.autograd.Function,), members), options)
@@ -135,9 +196,9 @@ def _record(
 def _register(op: Op) -> _Recorded:
     """Define `crosstile::<op>` and `crosstile::<op>_backward`, with fakes, autograd and vmap."""
     module = op.module("spec")
-    option_types = {f.name: _SCHEMA_TYPES[str(f.type)] for f in fields(module.SPEC) if f.name not in module.FACTS}
+    options = _option_types(module)
     inputs, outputs, gradients = op.inputs, op.outputs, plans.gradient_names(op.outputs)
-    tail = [f"{kind} {name}" for name, kind in option_types.items()]
+    tail = [f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in options.items()]
     tail += ["str implementation", "str target", "int[]? config"]
     leading = [f"Tensor{'?' if name in module.OPTIONAL else ''} {name}" for name in inputs]
 
@@ -166,8 +227,11 @@ def _register(op: Op) -> _Recorded:
         )
 
     def fake_backward(*args: Any) -> tuple[Tensor, ...]:
-        like = args[0]
-        return tuple(like.new_empty(0 if x is None else x.shape, dtype=like.dtype) for x in args[: len(inputs)])
+        arrays = args[: len(inputs)]
+        present = plans.present_gradients(op, _spec(op, arrays, args[width:]), arrays)
+        return tuple(
+            x.new_empty(x.shape) if there else arrays[0].new_empty(0) for x, there in zip(arrays, present, strict=True)
+        )
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
@@ -177,8 +241,9 @@ def _register(op: Op) -> _Recorded:
     def differentiate(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         arrays = ctx.saved_tensors
         results = backward_op(*arrays, *gradients, *ctx.options)
-        present = [None if x is None else dx for x, dx in zip(arrays[: len(inputs)], results, strict=True)]
-        return (*present, *[None] * len(ctx.options))
+        present = plans.present_gradients(op, _spec(op, arrays, ctx.options), arrays[: len(inputs)])
+        found = [dx if there else None for dx, there in zip(results, present, strict=True)]
+        return (*found, *[None] * len(ctx.options))
 
     def refuse(ctx: Any, *gradients: Any) -> None:
         raise UnsupportedError(
@@ -188,8 +253,8 @@ def _register(op: Op) -> _Recorded:
 
     width = len(inputs) + len(outputs) + len(gradients)
     saved = [f"Tensor {name}" for name in outputs] + [f"Tensor? {name}" for name in gradients]
-    options = tuple(option_types)
     backward_op = _record(
+        op,
         custom_op(
             f"crosstile::{op.name}_backward", backward, mutates_args=(), schema=schema(leading + saved, len(inputs))
         ),
@@ -199,6 +264,7 @@ def _register(op: Op) -> _Recorded:
         options,
     )
     return _record(
+        op,
         custom_op(f"crosstile::{op.name}", forward, mutates_args=(), schema=schema(leading, len(outputs))),
         fake_forward,
         remember,
@@ -207,8 +273,15 @@ def _register(op: Op) -> _Recorded:
     )
 
 
-def _fold(operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[Any, Any]:
+def _fold(
+    op: Op, operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[Any, Any]:
     """vmap: every array has a leading batch, so the mapped dimension joins it."""
+    for name, array in zip(op.inputs, args, strict=False):
+        if name in op.module("spec").WITHOUT_BATCH and array is not None:
+            raise UnsupportedError(
+                f"{name}: {op.name} cannot be mapped by torch.vmap over it: loop, or pack all into one"
+            )
 
     def fold(array: Any, dim: int | None) -> Any:
         if not isinstance(array, Tensor) or (not array.numel() and array.dim() == 1):
@@ -226,9 +299,28 @@ def _fold(operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], arg
 
 def _spec(op: Op, inputs: tuple[Any, ...], options: tuple[Any, ...]) -> Any:
     module = op.module("spec")
-    names = [field.name for field in fields(module.SPEC) if field.name not in module.FACTS]
-    facts = module.facts(str(inputs[0].dtype).removeprefix("torch."), *inputs)
-    return module.SPEC(**facts, **dict(zip(names, options, strict=False)))
+    facts = module.facts(str(inputs[0].dtype).removeprefix("torch."), *inputs[: len(op.inputs)])
+    kinds = _option_types(module).items()
+    return module.SPEC(**facts, **{name: _decoded(x, kind) for (name, kind), x in zip(kinds, options, strict=False)})
+
+
+def _option_types(module: Any) -> dict[str, str]:
+    """The spec's fields that are options of the call, and their types as the class writes them."""
+    return {field.name: str(field.type) for field in fields(module.SPEC) if field.name not in module.FACTS}
+
+
+def _encoded(value: Any, kind: str) -> Any:
+    """An option as a torch op takes it."""
+    if value is None or not kind.startswith(("tuple", "Expression")):
+        return value
+    return list(value) if kind.startswith("tuple") else text_of(value)
+
+
+def _decoded(value: Any, kind: str) -> Any:
+    """The inverse of `_encoded`."""
+    if value is None or not kind.startswith(("tuple", "Expression")):
+        return value
+    return tuple(value) if kind.startswith("tuple") else parse(value)
 
 
 def _execute(
@@ -289,10 +381,12 @@ def _describe(tensor: Tensor) -> Array:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The tensor's values in the host's memory, without a copy where it is there; bfloat16 as ml_dtypes has it."""
+    """The tensor's values in the host's memory, without a copy where it can; narrow floats as ml_dtypes has them."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     return tensor.numpy()
 
 

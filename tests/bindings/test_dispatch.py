@@ -149,7 +149,7 @@ def test_explain_says_what_runs_and_why_the_others_do_not():
         assert "runs with 'pallas' for v6e (TPU v6e)" in text
     with crosstile.use("numpy"):
         assert "as crosstile.use says" in str(crosstile.explain("matmul", torch.ones(2, 3), torch.ones(3, 4)))
-    with pytest.raises(ValueError, match=r"op: got 'attend'; it must be one of attention, matmul"):
+    with pytest.raises(ValueError, match=r"op: got 'attend'; it must be one of attention, varlen_attention, paged"):
         crosstile.explain("attend")
 
 

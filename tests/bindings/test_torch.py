@@ -3,8 +3,10 @@
 import pytest
 
 import crosstile
+from crosstile.kernels.attention.spec import AttentionInputs, AttentionSpec
 
 torch = pytest.importorskip("torch")
+from crosstile import torch as glue  # noqa: E402
 
 KERNELS = ["numpy", "triton", "pallas"]
 
@@ -79,14 +81,15 @@ def test_opcheck(kernel, subject):
     function, leaves = subject
     inputs = leaves()
     if function is attend:
-        arguments = (*inputs, True, None, True, kernel, "interpret", None)
+        options = AttentionSpec("float32", 8, 6, causal=True, return_lse=True)
+        encoded = [getattr(options, name) for name in glue._OPERATORS["attention"].options]
+        arguments = (*AttentionInputs(*inputs), *encoded, kernel, "interpret", None)
         operator = torch.ops.crosstile.attention.default
     else:
         a, b, bias, residual = inputs
         arguments = (a, b.expand(3, 5, 6), bias.expand(3, 6), residual.expand(3, 4, 6))
         arguments += ("float32", "silu", True, kernel, "interpret", None)
         operator = torch.ops.crosstile.matmul.default
-    crosstile.attention(*(torch.ones(1, 1, 1, 1),) * 3, implementation="numpy")  # registers the ops
     results = torch.library.opcheck(operator, arguments)
     assert set(results.values()) == {"SUCCESS"}
 

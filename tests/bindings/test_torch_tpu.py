@@ -16,7 +16,7 @@ jax = pytest.importorskip("jax")
 from crosstile import torch as glue  # noqa: E402
 from crosstile import torch_tpu  # noqa: E402
 from crosstile.dispatch import OPS  # noqa: E402
-from crosstile.kernels.attention.spec import AttentionSpec  # noqa: E402
+from crosstile.kernels.attention.spec import AttentionInputs, AttentionSpec  # noqa: E402
 from crosstile.kernels.matmul.spec import MatmulSpec  # noqa: E402
 from crosstile.kernels.tiles.targets import INTERPRET  # noqa: E402
 
@@ -56,15 +56,17 @@ def test_attention_forward_and_backward(registered):
     config = op.module("tiles").choose_config(spec, INTERPRET)
     reference = op.module("reference")
     exact = reference.forward(spec, *(x.double().numpy() for x in (q, k, v)))
-    outputs = torch_tpu.execute(op, "forward", spec, (q, k, v), config, INTERPRET)
+    arrays = AttentionInputs(q, k, v)
+    outputs = torch_tpu.execute(op, "forward", spec, arrays, config, INTERPRET)
     for ours, theirs in zip(outputs, exact, strict=True):
         torch.testing.assert_close(ours, torch.from_numpy(theirs).float())
     dout = torch.randn_like(outputs[0])
-    operands = ((q, k, v), tuple(outputs), (dout, None))
+    operands = (arrays, tuple(outputs), (dout, None))
     gradients = torch_tpu.execute(op, "backward", spec, operands, config, INTERPRET)
-    inputs = tuple(x.double().numpy() for x in (q, k, v))
+    inputs = AttentionInputs(*(x.double().numpy() for x in (q, k, v)))
     expected = reference.backward(spec, inputs, exact, (dout.double().numpy(), None))
-    for ours, theirs in zip(gradients, expected, strict=True):
+    assert gradients[3:] == [None] * len(gradients[3:])
+    for ours, theirs in zip(gradients[:3], expected[:3], strict=True):
         torch.testing.assert_close(ours, torch.from_numpy(theirs).float())
     assert len(registered) == 2
 

@@ -1,0 +1,157 @@
+"""Broken kernels fail the check: each mutation is one plausible mistake, made in a copy of a kernel file.
+
+The check is the suite's rule on small problems of several tiles, splits and pages. The copies keep their place in the
+package, so that relative imports and `triton.jit`, which reads the source file, work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from oracles import multiples
+from paged_problems import PROBLEMS, Problem, by_torch, inputs
+
+import crosstile.kernels.paged_attention as package
+from crosstile.kernels.paged_attention.tiles import choose_config
+from crosstile.kernels.tiles.launch import Array
+from crosstile.kernels.tiles.targets import INTERPRET
+
+pytest.importorskip("triton")
+
+FOLDER = Path(package.__path__[0])
+SMALL = replace(
+    PROBLEMS["window"], lengths=(50, 0, 70), q_lengths=(9, 3, 1), sinks=True, page_dtype="int8", softcap=2.0
+)
+CHECKED = {
+    "all": SMALL,
+    "padded": replace(SMALL, page_dtype=None, softcap=None, window_left=None, q_lengths=(4, 9, 0)),
+    "decode": Problem(lengths=(50, 0, 128)),
+    "window": Problem(lengths=(128, 100), window_left=20),
+    "chunk": Problem(lengths=(70,), q_len=20),
+    "large pages": Problem(lengths=(100,), page_size=64, max_pages=2),
+    "high cap": Problem(lengths=(70,), softcap=300.0),
+}
+_serial = itertools.count()
+
+
+class Mutation(NamedTuple):
+    """One mistake: what is wrong, in which file, the text that is replaced, by what, and on which problem it shows."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    problem: str = "all"
+
+
+T, P, C, R = "triton", "pallas", "pallas_tiling", "reference"
+MUTATIONS = (
+    Mutation("aligned top-left", T, "aligned = query + (length - q_length)", "aligned = query"),
+    Mutation("q_lengths forgotten in the alignment", T, "query + (length - q_length)", "query + (length - q_len)"),
+    Mutation("one key too few", T, "keys <= aligned[:, None])", "keys < aligned[:, None])"),
+    Mutation("window one key short", T, "keys >= aligned[:, None] -", "keys > aligned[:, None] -"),
+    Mutation("window forgotten", T, "start = tl.maximum(first_query + offset - window_left, 0)", "start = 0", "window"),
+    Mutation("the wrong page", T, "first // PAGE_SIZE, table_entry", "0, table_entry", "large pages"),
+    Mutation("the wrong row of a page", T, "rows = keys % PAGE_SIZE", "rows = (keys + 1) % PAGE_SIZE", "decode"),
+    Mutation("rows past the end read", T, "exist = (keys >= start) & (keys < end)", "exist = keys >= start", "decode"),
+    Mutation("the wrong key head", T, "k_pages = advance(k_pages, kv_head, k_head)", "k_pages = k_pages"),
+    Mutation("whole tiles not masked", T, "tl.minimum(first_query + offset + 1", "tl.minimum(999", "chunk"),
+    Mutation("parts overlap", T, "lo = tl.minimum(lo + split * part, hi)", "lo = lo", "decode"),
+    Mutation("parts not weighed", T, "tl.exp2(part_lse - base)", "tl.where(saw, 1.0, 0.0)", "decode"),
+    Mutation("a sink a part", T, "tl.where(split == 0, sink * LOG2_E", "tl.where(split >= 0, sink * LOG2_E"),
+    Mutation("lse in base 2", T, "(peak + tl.log2(total)) * LN_2", "(peak + tl.log2(total))", "decode"),
+    Mutation("padding not cleared", T, "acc = tl.where(real[:, None], acc, 0.0)", "acc = acc", "padded"),
+    Mutation("v_scales forgotten", T, "(_scale(v_scales, kv_head, v_scales_head) / ", "(1.0 / "),
+    Mutation("a tanh that cancels", T, "square < 0.09", "square < 0.0", "high cap"),
+    Mutation("scale in base e", T, "scale * log2(e) if cap", "scale if cap", "decode"),
+    Mutation("one key too few", P, "end = jnp.minimum(aligned + 1, end)", "end = jnp.minimum(aligned, end)"),
+    Mutation("values past the end read", P, "jnp.where(exist, values, jnp.zeros_like(values))", "values", "decode"),
+    Mutation("the next block into this slot", P, "copies(block + 1, 1 - slot", "copies(block + 1, slot", "decode"),
+    Mutation("the wrong page", P, "lax.div(key, tiling.page_size)]", "0]", "decode"),
+    Mutation("the wrong row of a page", P, "lax.rem(key, tiling.page_size)", "0 * key", "large pages"),
+    Mutation("other heads seen", P, "== rows[:, 1:2]", ">= 0 * rows[:, 1:2]", "decode"),
+    Mutation("the wrong key head", P, "piece[pl.ds(head,", "piece[pl.ds(0 * head,"),
+    Mutation("padding not cleared", P, "jnp.where(real, acc[group, at]", "jnp.where(True, acc[group, at]", "padded"),
+    Mutation("whole blocks not masked", C, "minimum(first_query + offset + 1", "minimum(999", "chunk"),
+    Mutation("aligned top-left", R, "[:, None] + (length - q_length)", "[:, None]"),
+    Mutation("the wrong page", R, "keys // page_size], keys", "keys * 0], keys", "decode"),
+    Mutation("v_scales forgotten", R, "rows, arrays.v_scales, dtype", "rows, None, dtype"),
+)  # fmt: skip
+
+
+def load(file: str, text: str, folder: Path) -> ModuleType:
+    """A module made of the text, beside the one that the file is."""
+    stem = f"{file}_mutated_{next(_serial)}"
+    path = folder / f"{stem}.py"
+    path.write_text(text)
+    name = f"{package.__name__}.{stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def broken(mutation: Mutation, folder: Path) -> tuple[str, ModuleType]:
+    """The kernel's name, and the kernel with the mistake in it or in what it imports."""
+    text = (FOLDER / f"{mutation.file}.py").read_text()
+    assert mutation.old in text, f"{mutation.file}.py has no {mutation.old!r} any more: bring the mutation up to date"
+    module = load(mutation.file, text.replace(mutation.old, mutation.new), folder)
+    if mutation.file != C:
+        return mutation.file, module
+    kernel = (FOLDER / f"{P}.py").read_text()
+    return P, load(P, kernel.replace(f"from .{C} import", f"from .{module.__name__.rsplit('.')[-1]} import"), folder)
+
+
+def worst(kernel: str, module: ModuleType, name: str) -> float:
+    """The largest error on one problem, as a multiple of the allowed."""
+    problem = replace(CHECKED[name], stray=False)  # a read of what is no page would end the process
+    arrays = problem.arrays()
+    config = choose_config(problem.spec, INTERPRET)
+    if kernel == R:
+        found = module.forward(problem.spec, *inputs(arrays))
+    elif kernel == T:
+        found = interpreted(module, problem, config, arrays)
+    else:
+        run = jax.jit(
+            lambda *arrays: module.forward(problem.spec, config, INTERPRET, *arrays),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
+        found = run(*inputs(arrays))
+    ours = dict(zip(("out", "lse"), found, strict=True))
+    excess = multiples(ours, by_torch(problem, arrays, "float32"), by_torch(problem, arrays, "float64"), "float32")
+    return max(np.inf if np.isnan(multiple) else multiple for multiple in excess.values())
+
+
+def interpreted(module: ModuleType, problem: Problem, config: Any, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    from crosstile.kernels.tiles import triton_interpreter
+
+    described = [
+        None if x is None else Array(x.shape, x.dtype.name, tuple(stride // x.itemsize for stride in x.strides))
+        for x in inputs(arrays)
+    ]
+    plan = module.forward(problem.spec, config, *described)
+    return triton_interpreter.run(plan, {name: array for name, array in arrays.items() if array is not None})
+
+
+@cache
+def sound(kernel: str, name: str) -> float:
+    """The error of the kernel as it is."""
+    return worst(kernel, getattr(package, kernel), name)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}-{m.name}".replace(" ", "_"))
+def test_the_check_notices(mutation, tmp_path):
+    kernel, module = broken(mutation, tmp_path)
+    assert sound(kernel, mutation.problem) <= 1
+    assert worst(kernel, module, mutation.problem) > 1

@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 HERE = Path(__file__).parent
 HOME = HERE / ".nox" / "crosstile"
 PYTHON = HOME / ("Scripts" if os.name == "nt" else "bin") / "python"
-EXTRAS = ["torch", "jax", "triton", "tpu", "models", "report", "dev"]
+EXTRAS = ["torch", "jax", "triton", "tpu", "models", "transformers", "report", "dev"]
 TORCH_FOR_CPU = ["torch==2.13.0+cpu", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "2"]
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",  # libtpu is here to compile with; without this JAX would look for a TPU

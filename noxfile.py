@@ -17,6 +17,7 @@ HOME = HERE / ".nox" / "crosstile"
 PYTHON = HOME / ("Scripts" if os.name == "nt" else "bin") / "python"
 EXTRAS = ["torch", "jax", "triton", "tpu", "models", "transformers", "report", "dev"]
 TORCH_FOR_CPU = ["torch==2.13.0+cpu", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "2"]
+IN_PARALLEL = ["-n", "auto", "--dist", "worksteal"]  # a process a core; a few chosen tests start faster in one
 SETTINGS = {
     "JAX_PLATFORMS": "cpu",  # libtpu is here to compile with; without this JAX would look for a TPU
     "TRITON_DEFAULT_FP_FUSION": "1",
@@ -65,14 +66,14 @@ def python(session: nox.Session, *args: str, **settings: str) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests on this CPU, kernels interpreted: nox -s tests -- -k attention."""
     prepare(session)
-    python(session, "pytest", *session.posargs)
+    python(session, "pytest", *(session.posargs or IN_PARALLEL))
 
 
 @nox.session(venv_backend="none")
 def sweep(session: nox.Session) -> None:
     """Run the long tests too: more shapes, options and dtypes."""
     prepare(session)
-    python(session, "pytest", "-m", "sweep or not sweep", *session.posargs)
+    python(session, "pytest", "-m", "sweep or not sweep", *(session.posargs or IN_PARALLEL))
 
 
 @nox.session(venv_backend="none")

@@ -263,6 +263,21 @@ PROBLEMS: dict[str, dict[str, Any]] = {
             {"score": ("add", SCORE, ("mul", plane(0), ("sub", ("j",), ("i",)))), "plane_gradients": (0,)},
             {"plane0": (1, 2, 40, 1)},
         ),
+        "gentle plane": FeatureProblem(
+            {
+                "score": ("add", SCORE, ("mul", plane(0), ("mul", ("sub", ("j",), ("i",)), const(0.125)))),
+                "plane_gradients": (0,),
+            },
+            {"plane0": (1, 2, 40, 1)},
+        ),
+        "padded, sinks": FeatureProblem({}, {"q_lengths": ints(40, 13), "kv_lengths": ints(20, 52), "sinks": (2, 2)}),
+        "tightly packed": FeatureProblem(
+            {"max_seqlen_q": 37, "max_seqlen_k": 50},
+            {"cu_seqlens_q": ints(0, 18, 18, 55), "cu_seqlens_k": ints(0, 50, 51, 90)},
+            60,
+            99,
+            1,
+        ),
         "mask": FeatureProblem(
             {"mask": ("ne", ("mod", ("sub", ("i",), ("j",)), const(3)), plane(0))},
             {"plane0": np.resize(np.arange(3, dtype=np.int32), (2, 1, 40, 1))},
@@ -645,7 +660,7 @@ ATTENTION_PALLAS = Suite(
             "blind |= jnp.arange",
             "blind &= jnp.arange",
             BACKWARD,
-            ("padded",),
+            ("padded, sinks",),
         ),
         Mutation(
             "the lengths of the first item", PT, "lengths[0][1, b]", "lengths[0][1, 0]", problems=("lengths", "padded")
@@ -654,7 +669,11 @@ ATTENTION_PALLAS = Suite(
             "the next sequence's keys", PK, "self.starts[:-1, None]", "self.starts[1:, None]", problems=("packed",)
         ),
         Mutation(
-            "tokens of no sequence", PK, "jnp.where(exists, found,", "jnp.where(True, found,", problems=("packed",)
+            "tokens of no sequence",
+            PK,
+            "jnp.where(exists, found,",
+            "jnp.where(True, found,",
+            problems=("tightly packed",),
         ),
         Mutation("sinks count twice", PF, "1 / SUBLANES", "2 / SUBLANES", problems=("sinks",)),
         Mutation(
@@ -664,11 +683,23 @@ ATTENTION_PALLAS = Suite(
         Mutation("score not applied", PS, "if self.score is None:", "if True:", problems=("softcap", "plane")),
         Mutation("slope of the score forgotten", PB, "if slope != const(1.0):", "if False:", BACKWARD, ("softcap",)),
         Mutation(
-            "slope of a plane forgotten", PP, "slope_of(spec, plane_leaf(slot))", "slope_of(spec)", BACKWARD, ("plane",)
+            "slope of a plane forgotten",
+            PP,
+            "slope_of(spec, plane_leaf(slot))",
+            "slope_of(spec)",
+            BACKWARD,
+            ("gentle plane",),
         ),
-        Mutation("plane's sum not cleared", PP, "@pl.when(first)", "@pl.when(first & (i < 0))", BACKWARD, ("plane",)),
         Mutation(
-            "only the last tile of a plane", PP, "@pl.when(first)", "@pl.when(first | (j >= 0))", BACKWARD, ("plane",)
+            "plane's sum not cleared", PP, "@pl.when(first)", "@pl.when(first & (i < 0))", BACKWARD, ("gentle plane",)
+        ),
+        Mutation(
+            "only the last tile of a plane",
+            PP,
+            "@pl.when(first)",
+            "@pl.when(first | (j >= 0))",
+            BACKWARD,
+            ("gentle plane",),
         ),
         Mutation(
             "plane's tiles skipped",
@@ -676,7 +707,7 @@ ATTENTION_PALLAS = Suite(
             "(j >= begin) & (j < end)",
             "(j >= begin) & (j < end - 1)",
             BACKWARD,
-            ("plane",),
+            ("gentle plane",),
         ),
         Mutation("mask not applied", PS, "if self.mask is not None:", "if False:", problems=("mask",)),
         Mutation("mask not applied, backward", PS, "if self.mask is not None:", "if False:", BACKWARD, ("mask",)),

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 
 from ..tiles.pallas_tiles import LOG2_E
 from ..tiles.targets import Target
-from . import pallas_backward, pallas_forward, pallas_planes
+from .pallas_backward import backward as backward_of_qkv
+from .pallas_forward import forward as forward_of_batch
 from .pallas_packed import packed_rows, packings, spread_inputs, spread_rows
+from .pallas_planes import gradient as gradient_of_plane
 from .spec import INPUTS, AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
@@ -92,7 +94,7 @@ def _forward(
         return jnp.zeros((*arrays.q.shape[:3], arrays.v.shape[3]), arrays.q.dtype), lse
     lengths = _lengths(arrays)
     arrays = _without_padding(arrays, lengths)
-    return pallas_forward.forward(spec, config, target, arrays, lengths)
+    return forward_of_batch(spec, config, target, arrays, lengths)
 
 
 def _backward(
@@ -125,8 +127,8 @@ def _backward(
     # exp2(score - inf): a row without keys has no weights.
     statistics = jnp.where(blind, jnp.inf, lse * LOG2_E), jnp.where(blind, 0, delta) if lengths else delta
     operands = spec, config, target, arrays, lengths, dout, statistics
-    found |= zip(("q", "k", "v"), pallas_backward.backward(*operands), strict=True)
-    found |= {f"plane{slot}": pallas_planes.gradient(*operands, slot) for slot in slots}
+    found |= zip(("q", "k", "v"), backward_of_qkv(*operands), strict=True)
+    found |= {f"plane{slot}": gradient_of_plane(*operands, slot) for slot in slots}
     return found
 
 

@@ -17,7 +17,6 @@ from ..tiles.pallas_tiles import (
     SUBLANES,
     call_params,
     columns,
-    common_rows,
     dot,
     dot_nt,
     fold,
@@ -33,8 +32,6 @@ from .pallas_scores import FUNCTIONS, Place, Scores, full, spread
 from .pallas_tiling import Tiling
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
-
-FEW = 64  # rows of weights in registers at a time, where there are many values of each
 
 
 def backward(
@@ -178,7 +175,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
     dq_acc, dk_acc, dv_acc = refs[3:6]
     weights_ref, dscores_ref = refs[6:8]  # [block_kv, block_q], in q's dtype
     block_q, block_kv, part, scale = tiling.block_q, tiling.block_kv, tiling.part, scores.scale
-    few = common_rows(min(FEW, part // 2), part)
+    few = scores.rows_of(tiling)
     b, key, head = pl.program_id(0), pl.program_id(3) * block_kv, pl.program_id(4)
     q_head = pl.program_id(1) * dq_acc.shape[0] + head
     tiles = q_ref.shape[1] // block_q

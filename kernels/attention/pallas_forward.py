@@ -131,7 +131,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
     # scores and the sum of the weights, [8, block_q], both still spread over the sublanes.
     acc, scores_ref, weights_ref, peak_ref, best_ref, total_ref = refs[2:8]
     block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
-    piece, few = common_rows(_PIECE, part), common_rows(_PIECE * LANES // block_q, part)
+    piece, few, wide = common_rows(_PIECE, part), scores.rows_of(tiling), q_ref.shape[0] > LANES
     b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
     first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
     sequence = tiling.sequence(b, lengths)
@@ -149,11 +149,11 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
     def score(tile: Any, row: int, masked: bool) -> None:
         """Write one part of a tile's scores, and keep their maximum.
 
-        Long expressions take a few rows at a time, in a loop: whatever they compute stays in registers.
+        What computes much of a score takes a few rows at a time, in a loop, so that it stays in registers.
         """
         first = pl.multiple_of(tile * block_kv, block_kv) + row
         products = dot(k_ref[pl.ds(first, part), :], q_ref[...])
-        if not (scores.has_expressions or (masked and tiling.left is not None)):
+        if not (scores.has_expressions or (masked and tiling.left is not None) or (wide and tiling.rolled)):
             finish(row, first, fold(products), masked)
             return
         scores_ref[row : row + part, :] = products
@@ -189,7 +189,9 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
                 total_ref[...] += fold(weights).sum(axis=0)
                 weights_ref[start : start + piece, :] = weights.astype(v_ref.dtype)
             at = pl.ds(pl.multiple_of(tile * block_kv, block_kv) + row, part)
-            acc[...] += dot(v_ref[:, at], weights_ref[row : row + part, :])
+            for dim in range(0, v_ref.shape[0], LANES):
+                dims = slice(dim, dim + LANES)
+                acc[dims, :] += dot(v_ref[dims, at], weights_ref[row : row + part, :])
             if following:
                 score(tile + 1, row, masked)
 

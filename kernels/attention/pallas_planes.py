@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.expressions import plane as plane_leaf
 from ..tiles.expressions import planes as slots_of
-from ..tiles.pallas_tiles import call_params, columns, common_rows, dot, fold, pad_to, round_up, rows, unfold
+from ..tiles.pallas_tiles import call_params, columns, dot, fold, pad_to, round_up, rows, unfold
 from ..tiles.targets import Target
-from .pallas_backward import FEW, slope_of, weigh
+from .pallas_backward import slope_of, weigh
 from .pallas_scores import Place, Plane, Scores, spread
 from .pallas_tiling import Tiling
 from .spec import AttentionInputs, AttentionSpec
@@ -100,7 +100,7 @@ def gradient(
         ),
         out_shape=jax.ShapeDtypeStruct((*array.shape[:2], *ends), jnp.float32),
         name="attention_plane_gradient",
-        **call_params(target, ("parallel",) * count + ("arbitrary",) * (4 - count)),
+        **call_params(target, ["parallel" if axis < count else "arbitrary" for axis in range(4)]),
     )(
         *lengths,
         columns(q, q_padded),
@@ -123,9 +123,10 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, owner: Plane
     q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:6]
     planes, (out_ref, acc, *scratch) = refs[6 : 6 + len(scores.planes)], refs[6 + len(scores.planes) :]
     block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
-    few = common_rows(min(FEW, part // 2), part)
+    few = scores.rows_of(tiling)
     b, h, j, i = at(*(pl.program_id(axis) for axis in range(4)))
-    first = last = True
+    first: Any = True
+    last: Any = True
     for axis in range(owned, 4):
         first &= pl.program_id(axis) == 0
         last &= pl.program_id(axis) == pl.num_programs(axis) - 1

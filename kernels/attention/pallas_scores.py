@@ -17,10 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.expressions import INDICES, SCORE, Expression, evaluate, functions_of, plane
+from ..tiles.expressions import INDICES, SCORE, Expression, children, evaluate, functions_of, plane
 from ..tiles.expressions import planes as slots_of
-from ..tiles.pallas_tiles import LOG2_E, SUBLANES, fold, pad_to
-from .pallas_tiling import Sequence
+from ..tiles.pallas_tiles import LANES, LOG2_E, SUBLANES, common_rows, fold, pad_to
+from .pallas_tiling import Sequence, Tiling
 from .spec import AttentionInputs, AttentionSpec
 
 
@@ -43,7 +43,8 @@ class Plane:
         boolean = array.dtype == jnp.bool_
         integral = not jnp.issubdtype(array.dtype, jnp.floating)
         itemsize = 4 if not whole or array.dtype == jnp.float16 else array.dtype.itemsize
-        return Plane(slot, *(size > 1 for size in array.shape), boolean, integral, itemsize)
+        batch, heads, queries, keys = (size > 1 for size in array.shape)
+        return Plane(slot, batch, heads, queries, keys, boolean, integral, itemsize)
 
     @property
     def whole(self) -> bool:
@@ -137,6 +138,14 @@ class Scores:
     def has_expressions(self) -> bool:
         return self.score is not None or self.mask is not None
 
+    def rows_of(self, tiling: Tiling) -> int:
+        """Rows of keys at a time, so few that all that the expressions compute of them stays in registers."""
+        registers, several = (32 if tiling.rolled else 64), 3
+        operations = sum(_operations(part) for part in (self.score, self.mask) if part is not None)
+        rows = registers * LANES // max(tiling.block_q, LANES) // (2 if operations > several else 1)
+        packed = any(plane.whole and plane.itemsize == 1 for plane in self.planes)
+        return common_rows(max(rows, 32 if packed else SUBLANES), tiling.part)
+
     def values(self, products: jax.Array, place: Place) -> dict[Expression, Any]:
         """What each leaf of an expression is, for products [keys / 8, 8, queries]."""
         row = (1, *products.shape[1:])
@@ -195,6 +204,11 @@ def _spread(ref: Any, columns: Any, rows: int) -> None:
     lax.fori_loop(0, columns.shape[0] // rows, turn, None)
 
 
+def _operations(expression: Expression) -> int:
+    below = children(expression)
+    return sum(map(_operations, below), 1) if below else 0
+
+
 def full(value: Any, shape: tuple[int, ...]) -> jax.Array:
     """An expression's value for every element of a tile, float32 or bool."""
     value = jnp.asarray(value)
@@ -233,7 +247,8 @@ def _floordiv(x: Any, y: Any) -> Any:
     if isinstance(y, int) and y > 0 and y & (y - 1) == 0:
         return jnp.asarray(x) >> (y.bit_length() - 1)
     # The compiler has no division of integers. Two quotients of floats are exact together, but for the last unit.
-    quotient, rest = 0, x
+    quotient: Any = 0
+    rest = x
     for _ in range(2):
         part = jnp.floor(jnp.asarray(rest, jnp.float32) / jnp.asarray(y, jnp.float32)).astype(jnp.int32)
         quotient, rest = quotient + part, rest - part * y

@@ -110,7 +110,8 @@ class Sequence:
         tiling, clip = self.tiling, self._clip_to(self.q_len)
         first = key - self.offset
         last = first + tiling.block_kv - 1
-        begin = whole_begin = 0
+        begin: Any = 0
+        whole_begin: Any = 0
         end = self.q_len
         whole_end = end if tiling.has_partial_queries else _round_up(end, tiling.block_q)
         if tiling.right is not None:

@@ -136,12 +136,17 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     Expressions and windows are computed in loops within a tile, so that a large one would only be more code. One kernel
     computes the gradients of queries, keys and values, with the tiles of dk and dv, as the planes' kernels do.
     """
-    wide = max(spec.head_dim, spec.v_dim) > 128
-    loops = spec.score is not None or spec.mask is not None or spec.left is not None
-    if target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
+    width, expressions = max(spec.head_dim, spec.v_dim), spec.score is not None or spec.mask is not None
+    if width > 256:
+        forward, backward = (128, 128), (128, 128)
+    elif target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
+    elif width > 128:
+        forward, backward = (128, 512), (128, 512)
+        if target.matrix_unit == 256:
+            forward, backward = (128, 256), (128, 128)
     elif target.matrix_unit == 256:
-        forward, backward = (128 if wide else 256, 256), (128, 128 if wide else 512)
+        forward, backward = (128, 512) if expressions else (256, 256), (128, 512)
     else:
-        forward, backward = (128, 512 if wide or loops else 1024), (128, 512)
+        forward, backward = (128, 512 if expressions or spec.left is not None else 1024), (128, 512)
     return AttentionConfig(AttentionTiles(*forward), AttentionTiles(*backward), AttentionTiles(*backward))

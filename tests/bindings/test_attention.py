@@ -167,6 +167,24 @@ def test_masks_to_use_as_they_are(make, mask_mod, expected):
     np.testing.assert_array_equal(np.asarray(out), np.asarray(crosstile.attention(q, k, v, mask=make(seen.copy()))))
 
 
+def test_visible_tiles_of_a_public_mask():
+    """Every pair of the hidden tiles is hidden, every pair of the full ones is seen."""
+    from crosstile.scores import visible_tiles
+
+    ids = np.sort(np.random.default_rng(0).integers(0, 5, 70))
+    runs = visible_tiles(mods.document(ids), 70, 70, causal=True, window=(40, None), block_q=16, block_kv=8)
+    i, j = np.arange(70)[:, None], np.arange(70)[None, :]
+    seen = (ids[i] == ids[j]) & (j <= i) & (j >= i - 40)
+    for tile in range(runs.row_tiles):
+        rows = seen[16 * tile : 16 * tile + 16]
+        shown = np.zeros(70, bool)
+        for first, end, full in runs.of(tile):
+            shown[8 * first : 8 * end] = True
+            assert not full or rows[:, 8 * first : 8 * end].all()
+        assert not rows[:, ~shown].any()
+    assert 0 < runs.visited < runs.row_tiles * runs.column_tiles
+
+
 # ---- Transforms
 
 

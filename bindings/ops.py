@@ -65,7 +65,8 @@ def attention(
     Returns:
         out `[batch, q_len, q_heads, v_dim]` in q's dtype; with `return_lse` also lse, float32 `[batch, q_heads,
         q_len]`, the natural logarithm, sinks included, differentiable. A query that sees no key gives out 0 and lse
-        -inf (without sinks). What lies in hidden or padded places, NaN too, reaches nothing.
+        -inf (without sinks). NaN reaches nothing from padded rows of q, k and v, nor from hidden places of bias and
+        mask. (A NaN in a value that a window or a mask hides from some queries of a kernel's tile reaches the tile.)
 
     Raises:
         TypeError: arrays of two frameworks or two dtypes, or of a dtype that cannot be.

@@ -244,7 +244,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
         each(part, lambda row: add_to_dq(tile, row, dscores_ref[pl.ds(row, part), :]))
 
     sources = spread(scores.planes, planes, refs[8:], part)
-    run = step_in_loops if tiling.rolled or scores.has_expressions else step
+    in_loops = tiling.rolled or scores.has_expressions or q_ref.shape[0] > 2 * LANES
+    run = step_in_loops if in_loops else step
     run_masked = step_in_loops if tiling.left is not None else run
     begin, whole_begin, whole_end, end = (jnp.clip(bound - first_tile, 0, tiles) for bound in sequence.visible_q(key))
     if tiling.has_partial_tiles:

@@ -131,7 +131,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
     # scores and the sum of the weights, [8, block_q], both still spread over the sublanes.
     acc, scores_ref, weights_ref, peak_ref, best_ref, total_ref = refs[2:8]
     block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
-    piece, few, wide = common_rows(_PIECE, part), scores.rows_of(tiling), q_ref.shape[0] > LANES
+    piece, few = common_rows(_PIECE, part), scores.rows_of(tiling)
+    wide = q_ref.shape[0] > (LANES if tiling.rolled else 2 * LANES)
     b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
     first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
     sequence = tiling.sequence(b, lengths)
@@ -153,7 +154,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
         """
         first = pl.multiple_of(tile * block_kv, block_kv) + row
         products = dot(k_ref[pl.ds(first, part), :], q_ref[...])
-        if not (scores.has_expressions or (masked and tiling.left is not None) or (wide and tiling.rolled)):
+        if not (scores.has_expressions or (masked and tiling.left is not None) or wide):
             finish(row, first, fold(products), masked)
             return
         scores_ref[row : row + part, :] = products

@@ -137,9 +137,7 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     computes the gradients of queries, keys and values, with the tiles of dk and dv, as the planes' kernels do.
     """
     width, expressions = max(spec.head_dim, spec.v_dim), spec.score is not None or spec.mask is not None
-    if width > 256:
-        forward, backward = (128, 128), (128, 128)
-    elif target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
+    if width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
     elif width > 128:
         forward, backward = (128, 512), (128, 512)

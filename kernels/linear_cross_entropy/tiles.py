@@ -1,0 +1,104 @@
+"""The tile sizes of linear cross-entropy: what `config=` takes, and the choice made without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..tiles.targets import MIB, Target
+from .spec import LinearCrossEntropySpec
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyTiles:
+    """A tile of block_tokens by block_vocab by block_features; the three products sum along one of them each.
+
+    block_features, num_warps and num_stages are for GPUs; a TPU kernel holds all features of its rows.
+    """
+
+    block_tokens: int
+    block_vocab: int
+    block_features: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropyConfig:
+    """Tiles of the products: logits (forward, and again in the backward), dhidden and dweight.
+
+    span, part_tokens and part_vocab are for GPUs: how many tiles of the vocabulary a program of the forward walks; for
+    how many tokens dhidden is summed at a time, in float32; and for how many rows of the vocabulary dweight is.
+    """
+
+    forward: LinearCrossEntropyTiles
+    dhidden: LinearCrossEntropyTiles
+    dweight: LinearCrossEntropyTiles
+    span: int = 8
+    part_tokens: int = 2048
+    part_vocab: int = 2048
+
+
+CONFIG = LinearCrossEntropyConfig
+_T = LinearCrossEntropyTiles
+
+# Sums stay in registers (sm_100: in tensor memory), and the parts of the backward fill a GPU: a part of dhidden or
+# dweight has 2048 rows, at least 144 tiles at 2304 features.
+_NARROW_GPU = {
+    "sm_80": LinearCrossEntropyConfig(_T(128, 128, 64), _T(128, 64, 128), _T(64, 128, 128, num_stages=5)),
+    "sm_90": LinearCrossEntropyConfig(_T(128, 256, 64), _T(128, 64, 256), _T(64, 128, 256, num_stages=5)),
+    "sm_100": LinearCrossEntropyConfig(_T(128, 256, 64), _T(128, 64, 256), _T(64, 128, 256, num_stages=5)),
+    "gfx942": LinearCrossEntropyConfig(
+        _T(128, 128, 64, num_stages=2), _T(128, 64, 256, num_stages=2), _T(64, 128, 256, num_stages=2)
+    ),
+    "gfx950": LinearCrossEntropyConfig(
+        _T(128, 256, 64, num_stages=2), _T(128, 64, 256, num_stages=2), _T(64, 128, 256, num_stages=2)
+    ),
+}
+_FLOAT32_GPU = LinearCrossEntropyConfig(_T(64, 128, 16), _T(128, 16, 128), _T(16, 128, 128))
+_FLOAT32_SM_80 = replace(_FLOAT32_GPU, forward=_T(64, 128, 16, num_warps=4))
+_INTERPRET = LinearCrossEntropyConfig(
+    _T(32, 32, 32), _T(32, 32, 32), _T(32, 32, 32), span=2, part_tokens=32, part_vocab=32
+)
+_TPU_BLOCKS = (1024, 512, 256, 128)
+
+
+def choose_config(spec: LinearCrossEntropySpec, target: Target) -> LinearCrossEntropyConfig:
+    """Tiles for arrays of any size on that chip; kernels shrink a tile that is larger than its array."""
+    if target.interpreted:
+        return _INTERPRET
+    if target.is_tpu:
+        forward, dhidden, dweight = (
+            _T(*tpu_blocks(spec, target, kernel)) for kernel in ("forward", "dhidden", "dweight")
+        )
+        return LinearCrossEntropyConfig(forward, dhidden, dweight)
+    if spec.dtype == "float32":
+        return _FLOAT32_SM_80 if target.name == "sm_80" else _FLOAT32_GPU
+    return _NARROW_GPU[target.name]
+
+
+def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tuple[int, int]:
+    """Tokens and rows of the vocabulary of a tile: the largest whose rows, with all their features, fit the VMEM.
+
+    The rows that stay are more than those that pass by: each byte that passes is then used more often.
+    """
+    room = target.on_chip_bytes * 3 // 4
+    for stays in _TPU_BLOCKS:
+        for passes in _TPU_BLOCKS:
+            if passes <= min(stays, 512) and tpu_bytes(spec, kernel, stays, passes) <= room:
+                return (passes, stays) if kernel == "dweight" else (stays, passes)
+    return 128, 128
+
+
+def tpu_bytes(spec: LinearCrossEntropySpec, kernel: str, stays: int, passes: int) -> int:
+    """VMEM of a kernel: its blocks twice, since the next is fetched meanwhile, its sums, and a tile of logits."""
+    item = 4 if spec.dtype == "float32" else 2
+    features = -(-spec.features // 128) * 128
+    needed = 2 * (stays + passes) * features * item + stays * passes * 4
+    if kernel != "forward":
+        needed += 2 * stays * features * item  # the result
+        needed += stays * passes * 2 * (6 if item == 4 else 2)  # the gradient of the logits, as it is and turned
+        if item < 4:
+            needed += stays * features * 4  # the result's sums
+    if item == 4:
+        needed += (stays + passes) * 512 * 6  # the three parts of some features
+    return needed + MIB // 2

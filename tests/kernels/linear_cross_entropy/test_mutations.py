@@ -1,0 +1,203 @@
+"""Broken kernels fail the check: each mutation is one plausible mistake, made in a copy of a kernel file.
+
+The check is the suite's rule on small problems of several tiles and parts. The copies keep their place in the package,
+so that relative imports and `triton.jit`, which reads the source file, work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cross_entropy_problems import GRADIENTS, Problem, named
+from oracles import multiples
+
+import crosstile.kernels.linear_cross_entropy as package
+from crosstile.kernels.linear_cross_entropy.spec import INPUTS, OUTPUTS
+from crosstile.kernels.linear_cross_entropy.tiles import choose_config
+from crosstile.kernels.tiles.launch import Array
+from crosstile.kernels.tiles.targets import INTERPRET
+
+pytest.importorskip("triton")
+
+FOLDER = Path(package.__path__[0])
+ALL = Problem(tokens=40, vocab=70, features=40, softcap=3.0)
+CHECKED = {"all": ALL, "parts": replace(ALL, softcap=None), "batch": replace(ALL, tokens=20, vocab=40, batch=2)}
+_serial = itertools.count()
+
+
+class Mutation(NamedTuple):
+    """One mistake: what is wrong, in which file, the text that is replaced, by what, and on which problem it shows."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    problem: str = "all"
+
+
+T, B, C, P, Q, R = "triton", "triton_backward", "triton_common", "pallas", "pallas_tiling", "reference"
+MUTATIONS = (
+    Mutation("places past the vocabulary weigh", T,
+             "if not EVEN_V:\n            logits = tl", "if False:\n            logits = tl"),
+    Mutation("the last tile skipped", T,
+             "last = tl.minimum(first + SPAN, tiles_v)", "last = tl.minimum(first + SPAN, tiles_v - 1)"),
+    Mutation("sums not rescaled", T,
+             "total = total * tl.exp2((peak - base) * LOG2_E) + tl.sum(weights", "total = total + tl.sum(weights"),
+    Mutation("parts not weighed", T, "tl.exp2((part - base[None, :]) * LOG2_E)", "tl.exp2(part * 0.0)"),
+    Mutation("the wrong part's target", T, "target // (SPAN * BLOCK_V))", "target // (2 * SPAN * BLOCK_V))"),
+    Mutation("lse in base 2", T, "peak + tl.log2(total) * LN_2, 0.0", "peak + tl.log2(total), 0.0"),
+    Mutation("ignored tokens have a logsumexp", T,
+             "result = tl.where(counted, peak", "result = tl.where(rows >= 0, peak"),
+    Mutation("logit sums of the last tile only", T, "logit_sum += tl.sum(logits", "logit_sum = tl.sum(logits"),
+    Mutation("the target one row on", B, "tl.where(target[:, None] == cols", "tl.where(target[:, None] + 1 == cols"),
+    Mutation("the cap's slope forgotten", B, "gradient *= 1.0 - bent * bent", "gradient *= 1.0"),
+    Mutation("the gradient of the sums forgotten", B, "gradient += every[:, None]", "gradient += 0.0"),
+    Mutation("ignored tokens reach dweight", B, "b_exists = b_exists & (target != NO_TOKEN)", "b_exists = b_exists"),
+    Mutation("ignored tokens have a gradient", B,
+             "scale = tl.where(counted, per_token(dlse", "scale = tl.where(row >= 0, per_token(dlse"),
+    Mutation("only the last part of dhidden", B, "previous=between if part.first_row else None", "previous=None"),
+    Mutation("parts overlap", B, "range(0, vocab, width)", "range(0, vocab, width // 2)"),
+    Mutation("the rows of the first part", B, "b_first, b_row), col, b_col", "0, b_row), col, b_col"),
+    Mutation("the last features forgotten", C,
+             "range(0, features, BLOCK_F)", "range(0, features // BLOCK_F * BLOCK_F, BLOCK_F)"),
+    Mutation("the cap as a clip", C,
+             "bent = tanh(raw / softcap)", "bent = tl.minimum(tl.maximum(raw / softcap, -1.0), 1.0)"),
+    Mutation("the first batch item's targets", C,
+             "pointer = advance(advance(pointer, batch, batch_stride)",
+             "pointer = advance(advance(pointer, 0, batch_stride)",
+             "batch"),
+    Mutation("places past the vocabulary weigh", P, "jnp.where(row < rows, logits, -jnp.inf)", "logits"),
+    Mutation("sums not rescaled", P,
+             "total_ref[:, cols] * jnp.exp(before - peak) + total", "total_ref[:, cols] + total"),
+    Mutation("the target one row on", P,
+             "gradient += jnp.where(row == target,", "gradient += jnp.where(row + 1 == target,"),
+    Mutation("the cap's slope forgotten", P, "gradient if softcap is None else gradient * slope", "gradient"),
+    Mutation("the last tile read whole", Q,
+             "pl.when(step == steps - 1)(lambda: run(tail))", "pl.when(step == steps - 1)(lambda: run(block))"),
+    Mutation("ignored tokens reach dweight", P,
+             "hidden = jnp.where(counted[..., None], hidden, 0)", "hidden = hidden"),
+    Mutation("sums start from what was there", Q, "jnp.where(first, 0, sums_ref[:, cols])", "sums_ref[:, cols]"),
+    Mutation("parts start from what was there", Q, "first & (number == 0)", "number < 0", "parts"),
+    Mutation("the vocabulary's tile of the wrong step", P,
+             "(step if of_tokens else pl.program_id(1)) * block_v", "step * block_v"),
+    Mutation("small parts forgotten", Q, "((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))", "((0, 0),)", "parts"),
+    Mutation("not turned", Q,
+             "to_ref[cols, rows] = from_ref[rows, cols].T", "to_ref[cols, rows] = from_ref[cols, rows]"),
+    Mutation("the gradient's sign", R,
+             "+ np.where(_is_target(targets, weight), dtarget, 0)",
+             "- np.where(_is_target(targets, weight), dtarget, 0)"),
+    Mutation("the cap's slope forgotten", R, "dlogits * slope, 0)", "dlogits, 0)"),
+    Mutation("ignored tokens reach dweight", R,
+             "np.where(counted[..., None], hidden, 0).astype(logits.dtype)\n    return dhidden",
+             "hidden.astype(logits.dtype)\n    return dhidden"),
+)  # fmt: skip
+
+
+def load(file: str, text: str, folder: Path) -> ModuleType:
+    """A module made of the text, beside the one that the file is."""
+    stem = f"{file}_mutated_{next(_serial)}"
+    path = folder / f"{stem}.py"
+    path.write_text(text)
+    name = f"{package.__name__}.{stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def broken(mutation: Mutation, folder: Path) -> tuple[str, ModuleType]:
+    """The kernel's name, and the kernel with the mistake in it or in what it imports."""
+    renamed: dict[str, str] = {}
+
+    def copy(file: str) -> ModuleType:
+        text = (FOLDER / f"{file}.py").read_text()
+        if file == mutation.file:
+            assert mutation.old in text, f"{file}.py has no {mutation.old!r} any more: bring the mutation up to date"
+            text = text.replace(mutation.old, mutation.new)
+        for old, new in renamed.items():
+            text = text.replace(f"from .{old} import", f"from .{new} import")
+        module = load(file, text, folder)
+        renamed[file] = module.__name__.rsplit(".")[-1]
+        return module
+
+    files = next(files for files in ((C, B, T), (Q, P), (R,)) if mutation.file in files)
+    return files[-1], [copy(file) for file in files][-1]
+
+
+def worst(kernel: str, module: ModuleType, name: str) -> float:
+    """The largest error on one problem, as a multiple of the allowed."""
+    problem = CHECKED[name]
+    if kernel == P and name != "parts":  # float32 is in parts there, and takes XLA several times as long
+        problem = replace(problem, dtype="bfloat16")
+    arrays = problem.arrays()
+    inputs = tuple(arrays[name] for name in INPUTS)
+    gradients = tuple(arrays[name] for name in GRADIENTS)
+    config = choose_config(problem.spec, INTERPRET)
+    if kernel == R:
+        statistics = module.forward(problem.spec, *inputs)
+        ours = named(statistics, module.backward(problem.spec, inputs, statistics, gradients))
+    elif kernel == T:
+        ours = interpreted(module, problem, arrays)
+    else:
+
+        def run(inputs, gradients):
+            statistics = module.forward(problem.spec, config, INTERPRET, *inputs)
+            found = module.backward(problem.spec, config, INTERPRET, inputs, statistics, gradients)
+            return named(statistics, found)
+
+        compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+        ours = compiled(tuple(map(jnp.asarray, inputs)), tuple(map(jnp.asarray, gradients)))
+    excess = multiples(ours, problem.answers(problem.dtype), problem.answers(), problem.dtype)
+    return max(np.inf if np.isnan(multiple) else multiple for multiple in excess.values())
+
+
+def interpreted(module: ModuleType, problem: Problem, arrays: dict) -> dict:
+    from crosstile.kernels.tiles.triton_interpreter import run
+
+    def describe(array: np.ndarray) -> Array:
+        return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
+
+    config = choose_config(problem.spec, INTERPRET)
+    inputs = {name: arrays[name] for name in INPUTS}
+    plan = module.forward(problem.spec, config, *map(describe, inputs.values()))
+    outputs = dict(zip(plan.outputs, run(plan, inputs), strict=True))
+    statistics = tuple(outputs[name] for name in OUTPUTS)
+    given = tuple(arrays[name] for name in GRADIENTS)
+    described = (tuple(map(describe, group)) for group in (inputs.values(), statistics, given))
+    plan = module.backward(problem.spec, config, *described)
+    results = run(plan, {**inputs, "lse": outputs["lse"], **dict(zip(GRADIENTS, given, strict=True))})
+    return named(
+        statistics, tuple(dict(zip(plan.outputs, results, strict=True))[f"d{n}"] for n in ("hidden", "weight"))
+    )
+
+
+@cache
+def sound(kernel: str, name: str) -> float:
+    """The error of the kernel as it is."""
+    return worst(kernel, getattr(package, kernel), name)
+
+
+def marked(mutation: Mutation) -> Any:
+    """Those of the Pallas kernels take XLA seconds each: a few run always, the others in the sweep."""
+    slow = mutation.file in (P, Q) and mutation.name not in ("the last tile read whole", "the target one row on")
+    name = f"{mutation.file}-{mutation.name}".replace(" ", "_")
+    return pytest.param(mutation, id=name, marks=pytest.mark.sweep if slow else ())
+
+
+@pytest.mark.parametrize("mutation", [marked(mutation) for mutation in MUTATIONS])
+def test_the_check_notices(mutation, tmp_path):
+    kernel, module = broken(mutation, tmp_path)
+    assert sound(kernel, mutation.problem) <= 1
+    assert worst(kernel, module, mutation.problem) > 1

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 import crosstile
+from crosstile import mods
+from crosstile.arguments import PREPARE
 
 Arrays = dict[str, Any]
 _OPERANDS = ("a", "b", "bias", "residual")
@@ -21,10 +24,10 @@ class Frameworks(Protocol):
     name: str
 
     def round(self, array: np.ndarray, dtype: str) -> Any:
-        """The array in that precision, as the framework's."""
+        """The array as the framework's, floats in that precision."""
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        """In float64."""
+        """As NumPy's, floats in float64."""
 
     def pull_back(
         self, function: Callable[..., Any], inputs: Sequence[Any], gradient: Any
@@ -46,10 +49,11 @@ class TorchSide:
     def round(self, array: np.ndarray, dtype: str) -> Any:
         import torch
 
-        return torch.from_numpy(array).to(getattr(torch, dtype))
+        tensor = torch.from_numpy(array)
+        return tensor.to(getattr(torch, dtype)) if tensor.is_floating_point() else tensor
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return array.detach().double().numpy()
+        return array.detach().double().numpy() if array.is_floating_point() else array.numpy()
 
     def pull_back(
         self, function: Callable[..., Any], inputs: Sequence[Any], gradient: Any
@@ -84,10 +88,10 @@ class JaxSide:
     def round(self, array: np.ndarray, dtype: str) -> Any:
         import jax.numpy as jnp
 
-        return jnp.asarray(array, jnp.float32).astype(dtype)
+        return jnp.asarray(array).astype(dtype) if array.dtype.kind == "f" else jnp.asarray(array)
 
     def to_numpy(self, array: Any) -> np.ndarray:
-        return np.asarray(array.astype("float32"), np.float64)
+        return np.asarray(array) if array.dtype.kind == "i" else np.asarray(array.astype("float32"), np.float64)
 
     def pull_back(
         self, function: Callable[..., Any], inputs: Sequence[Any], gradient: Any
@@ -116,12 +120,44 @@ def frameworks(names: Sequence[str]) -> Iterator[Frameworks]:
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class Case(ABC):
+    """One problem of an op; `op` is its folder in `crosstile.kernels`."""
+
+    op: ClassVar[str]
+
+    name: str
+
+    @abstractmethod
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The inputs, and under "dout" the gradient of the result."""
+
+    @abstractmethod
+    def reference(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The result and the gradients, if it has any, in float64."""
+
+    @abstractmethod
+    def run(self, side: Frameworks, arrays: Arrays, function: Callable[..., Any]) -> dict[str, np.ndarray]:
+        """The same from a framework."""
+
+    @abstractmethod
+    def public(self, implementation: str) -> Callable[..., Any]:
+        """crosstile's op with that implementation."""
+
+    @abstractmethod
+    def own(self, side: Frameworks) -> Callable[..., Any]:
+        """The framework's own op, or ops."""
+
+    def terms(self, name: str) -> int:
+        """Of how many values a result is a sum beyond those of the op itself: see `compare`."""
+        return 1
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
     """q `[batch, q_len, q_heads, head_dim]` against kv_len keys; causal is aligned bottom-right."""
 
     op: ClassVar[str] = "attention"
 
-    name: str
     batch: int
     q_len: int
     kv_len: int
@@ -168,12 +204,121 @@ class AttentionCase:
 
 
 @dataclass(frozen=True)
-class MatmulCase:
+class FeaturesCase(AttentionCase):
+    """The same with a window to the left, a softcap, sinks, and ALiBi's slopes as a score_mod."""
+
+    window: int
+    softcap: float
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The inputs, and under "dout" the gradient of the result."""
+        rng = np.random.default_rng(1)
+        beside = {"sinks": rng.standard_normal(self.q_heads), "slopes": 0.1 * rng.standard_normal(self.q_heads)}
+        return {**super().arrays(), **{name: array.astype(np.float32) for name, array in beside.items()}}
+
+    def reference(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The result and the gradients in float64."""
+        from crosstile.kernels.attention import reference
+        from crosstile.kernels.attention.spec import INPUTS
+
+        spec, inputs = PREPARE["attention"](*(arrays[name] for name in "qkv"), **self._options(arrays))
+        spec = replace(spec, plane_gradients=(0,))  # the slopes, for which NumPy does not ask
+        outputs = reference.forward(spec, *inputs)
+        found: Arrays = dict(
+            zip(INPUTS, reference.backward(spec, inputs, outputs, (arrays["dout"], None)), strict=True)
+        )
+        found |= {"sinks": found["sinks"].sum(axis=0), "slopes": found["plane0"].ravel()}
+        return {"out": outputs[0], **{f"d{name}": found[name] for name in self._names}}
+
+    def run(self, side: Frameworks, arrays: Arrays, function: Callable[..., Any]) -> dict[str, np.ndarray]:
+        """The same from a framework."""
+        out, gradients = side.pull_back(function, [arrays[name] for name in self._names], arrays["dout"])
+        named = {"out": out, **{f"d{name}": gradient for name, gradient in zip(self._names, gradients, strict=True)}}
+        return {name: side.to_numpy(array) for name, array in named.items()}
+
+    def public(self, implementation: str) -> Callable[..., Any]:
+        """crosstile's op with that implementation."""
+
+        def attention(q: Any, k: Any, v: Any, sinks: Any, slopes: Any) -> Any:
+            options = self._options({"sinks": sinks, "slopes": slopes})
+            return crosstile.attention(q, k, v, **options, implementation=implementation)
+
+        return attention
+
+    def own(self, side: Frameworks) -> Callable[..., Any]:
+        """The framework's own ops, put together by the library."""
+        return self.public("library")
+
+    def terms(self, name: str) -> int:
+        """The gradients of sinks and slopes are sums over all queries, or scores, of a head."""
+        scores = self.batch * self.q_len * self.kv_len
+        return scores if name in ("dsinks", "dslopes") else 1
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*"qkv", "sinks", "slopes")
+
+    def _options(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "causal": self.causal,
+            "window": (self.window, None),
+            "softcap": self.softcap,
+            "sinks": arrays["sinks"],
+            "score_mod": mods.alibi(arrays["slopes"]),
+        }
+
+
+@dataclass(frozen=True)
+class PagedCase(Case):
+    """Decoding, or prefill in chunks, from pages in any order: q_len new tokens of sequences of those lengths."""
+
+    op: ClassVar[str] = "paged_attention"
+
+    lengths: tuple[int, ...]
+    q_len: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    page_size: int
+
+    def arrays(self) -> Mapping[str, np.ndarray]:
+        """The inputs; NaN in the pages where no key is."""
+        rng = np.random.default_rng(0)
+        most = -(-max(self.lengths) // self.page_size)
+        table = rng.permutation(len(self.lengths) * most).reshape(len(self.lengths), most).astype(np.int32)
+        k_pages, v_pages = rng.standard_normal((2, table.size, self.page_size, self.kv_heads, self.head_dim))
+        for pages, length in zip(table, self.lengths, strict=True):
+            for page, number in zip(pages, range(most), strict=True):
+                used = min(max(length - number * self.page_size, 0), self.page_size)
+                k_pages[page, used:] = v_pages[page, used:] = np.nan
+        q = rng.standard_normal((len(self.lengths), self.q_len, self.q_heads, self.head_dim))
+        floats = {"q": q, "k_pages": k_pages, "v_pages": v_pages}
+        integers = {"page_table": table, "lengths": np.array(self.lengths, np.int32)}
+        return {**{name: array.astype(np.float32) for name, array in floats.items()}, **integers}
+
+    def reference(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The result in float64; there are no gradients."""
+        return {"out": self.public("numpy")(**arrays)}
+
+    def run(self, side: Frameworks, arrays: Arrays, function: Callable[..., Any]) -> dict[str, np.ndarray]:
+        """The same from a framework."""
+        return {"out": side.to_numpy(function(**arrays))}
+
+    def public(self, implementation: str) -> Callable[..., Any]:
+        """crosstile's op with that implementation."""
+        return partial(crosstile.paged_attention, implementation=implementation)
+
+    def own(self, side: Frameworks) -> Callable[..., Any]:
+        """The framework's own ops, put together by the library."""
+        return self.public("library")
+
+
+@dataclass(frozen=True)
+class MatmulCase(Case):
     """`activation(a[m, k] @ b[k, n] + bias) + residual`."""
 
     op: ClassVar[str] = "matmul"
 
-    name: str
     m: int
     k: int
     n: int
@@ -218,15 +363,19 @@ class MatmulCase:
         return lambda a, b, bias, residual: side.activate(self.activation, a @ b + bias) + residual
 
 
-Case = AttentionCase | MatmulCase
-
-QUICK = ("causal, grouped, d 40", "silu, 37×80→51")
+QUICK = ("causal, grouped, d 40", "window, softcap, sinks, ALiBi", "decoding from pages", "silu, 37×80→51")
 
 CASES: tuple[Case, ...] = (
     AttentionCase(
         "causal, grouped, d 40", batch=1, q_len=45, kv_len=77, q_heads=4, kv_heads=2, head_dim=40, causal=True
     ),
     AttentionCase("whole, d 64", batch=2, q_len=64, kv_len=50, q_heads=2, kv_heads=2, head_dim=64, causal=False),
+    FeaturesCase(
+        "window, softcap, sinks, ALiBi", batch=1, q_len=45, kv_len=61, q_heads=4, kv_heads=2, head_dim=32, causal=True,
+        window=20, softcap=3.0,
+    ),
+    PagedCase("decoding from pages", lengths=(50, 7, 64), q_len=1, q_heads=6, kv_heads=2, head_dim=32, page_size=16),
+    PagedCase("chunks from pages", lengths=(50, 33), q_len=12, q_heads=4, kv_heads=2, head_dim=40, page_size=32),
     MatmulCase("silu, 37×80→51", m=37, k=80, n=51, activation="silu"),
     MatmulCase("gelu_tanh, 64×45→96", m=64, k=45, n=96, activation="gelu_tanh"),
-)
+)  # fmt: skip

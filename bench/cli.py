@@ -25,13 +25,17 @@ def compile_command(
     target: Annotated[
         list[str] | None, typer.Option(help="A chip, such as sm_90 or v6e; repeat it. All ten without.")
     ] = None,
-    op: Annotated[list[str] | None, typer.Option(help="attention or matmul; repeat it. Both without.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
     shape: Annotated[list[str] | None, typer.Option(help="A named shape, such as llama-3-8b; repeat it.")] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="bfloat16 (the default), float16 or float32; repeat it.")
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Three shapes only: attention at d 64 and 128, one matmul.")
+        bool,
+        typer.Option("--quick", help="A few shapes only: attention, with a window and sinks, in pages; one matmul."),
+    ] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="The long list too: every feature of attention, every kind of pages.")
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Compilations side by side.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the facts to this file too.")] = None,
@@ -45,12 +49,13 @@ def compile_command(
     from . import compile as compiling
     from .programs import DTYPES, jobs_for
     from .progress import bars
-    from .shapes import QUICK, SHAPES, get_shape
+    from .shapes import OPS, QUICK, SHAPES, get_shape
 
     targets = _known(target, "--target", list(TARGETS))
-    ops = _known(op, "--op", ["attention", "matmul"])
+    ops = _known(op, "--op", list(OPS))
     dtypes = _known(dtype, "--dtype", list(DTYPES), DTYPES[:1])
-    names = _known(shape, "--shape", [shape.name for shape in SHAPES], QUICK if quick else None)
+    everyday = None if every else [shape.name for shape in SHAPES if shape.everyday]
+    names = _known(shape, "--shape", [shape.name for shape in SHAPES], QUICK if quick else everyday)
     shapes = [get_shape(name) for name in names if get_shape(name).op in ops]
     if not shapes:
         raise typer.BadParameter(f"no shape named {', '.join(names)} is of {', '.join(ops)}")
@@ -73,7 +78,7 @@ def compile_command(
 def verify_command(
     framework: Annotated[list[str] | None, typer.Option(help="torch or jax; repeat it. Both without.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="triton, pallas or library; repeat it. All without.")] = None,
-    op: Annotated[list[str] | None, typer.Option(help="attention or matmul; repeat it. Both without.")] = None,
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
 ) -> None:
     """Check every kernel against NumPy in float64, forward and backward, in interpret mode on this CPU."""
     _on_this_cpu()
@@ -84,7 +89,7 @@ def verify_command(
     console = _console()
     frameworks = _known(framework, "--framework", ["torch", "jax"])
     kernels = _known(kernel, "--kernel", list(verify.DTYPES))
-    ops = _known(op, "--op", ["attention", "matmul"])
+    ops = _known(op, "--op", list(dict.fromkeys(case.op for case in CASES)))
     try:
         with bars(console) as progress:
             checks = verify.verify(frameworks, kernels, [case for case in CASES if case.op in ops], progress)
@@ -119,7 +124,7 @@ def roofline_command(
 
 @app.command("explain")
 def explain_command(
-    op: Annotated[str, typer.Argument(help="attention or matmul.")],
+    op: Annotated[str, typer.Argument(help="An op, such as attention.")],
     shape: Annotated[str | None, typer.Option(help="A named shape; the op's first without.")] = None,
     framework: Annotated[str, typer.Option(help="numpy, torch or jax.")] = "torch",
     target: Annotated[str | None, typer.Option(help="A chip, as if it were here.")] = None,

@@ -25,6 +25,7 @@ from . import pool
 from .facts import has_matrix_instructions, over_budget
 from .pool import Outcome
 from .programs import Job
+from .shapes import get_shape
 
 SCHEMA = "crosstile.compile/1"
 _COMPILERS = ("triton", "jax", "jaxlib", "libtpu")
@@ -51,6 +52,8 @@ class CompileReport:
         """Every reason why the run fails, a sentence each, with what it is about."""
         found = []
         for outcome in self.outcomes:
+            if outcome.unsupported:
+                continue
             if outcome.error:
                 found.append(f"{outcome.job}: the compiler refused. {outcome.error}")
             elif not outcome.kernels:
@@ -73,6 +76,7 @@ class CompileReport:
                 {
                     **asdict(outcome.job),
                     "error": outcome.error,
+                    "unsupported": outcome.unsupported,
                     "kernels": [
                         {**facts.as_dict(), "failures": list(over_budget(facts, outcome.job.target))}
                         for facts in outcome.kernels
@@ -84,7 +88,9 @@ class CompileReport:
 
 
 def _multiplies_by_hand(outcome: Outcome) -> bool:
-    """Every op here multiplies matrices, so that one of its kernels must do it where the chip does."""
+    """One kernel of an op that multiplies matrices must do it where the chip does."""
+    if not get_shape(outcome.job.shape).multiplies:
+        return False
     matrix = any(any(facts.matrix.values()) for facts in outcome.kernels)
     return not matrix and has_matrix_instructions(get_target(outcome.job.target).platform, outcome.job.dtype)
 
@@ -155,8 +161,9 @@ def rows(report: CompileReport) -> list[tuple[str, ...]]:
     for outcome in report.outcomes:
         job = outcome.job
         lead = (job.target, job.op, job.direction, job.shape)
-        if outcome.error:
-            found.append((*lead, "refused", "", "", "", "", "", "", ""))
+        if outcome.error or outcome.unsupported:
+            word = "refused" if outcome.error else "not offered there"
+            found.append((*lead, word, "", "", "", "", "", "", ""))
         for facts in outcome.kernels:
             matrix = ", ".join(f"{name} {count}" for name, count in sorted(facts.matrix.items())) or "none"
             numbers = (

@@ -25,11 +25,12 @@ SECONDS_A_JOB = 300.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a job: the facts of its kernels, or the compiler's refusal."""
+    """What came of a job: the facts of its kernels, the compiler's refusal, or why the library does not offer it."""
 
     job: Job
     kernels: tuple[KernelFacts, ...] = ()
     error: str = ""
+    unsupported: str = ""
 
 
 def run(jobs: Sequence[Job], processes: int = PROCESSES, seconds: float = SECONDS_A_JOB) -> Iterator[Outcome]:
@@ -79,6 +80,8 @@ def _serve(
                 done.put(Outcome(job, error=reply["died"]))
             elif "error" in reply:
                 done.put(Outcome(job, error=reply["error"]))
+            elif "unsupported" in reply:
+                done.put(Outcome(job, unsupported=reply["unsupported"]))
             else:
                 done.put(Outcome(job, tuple(KernelFacts(**facts) for facts in reply["kernels"])))
     finally:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
-from crosstile.dispatch import OPS
+from crosstile.dispatch import OPS, supports
 from crosstile.kernels.tiles.launch import Array, Plan, contiguous
 from crosstile.kernels.tiles.targets import get_target
+from crosstile.plans import completed, map_arrays
 
-from .shapes import AttentionShape, MatmulShape, Shape, get_shape
+from .shape import Shape
+from .shapes import get_shape
 
 Direction = Literal["forward", "saving", "backward"]
 DTYPES = ("bfloat16", "float16", "float32")
@@ -36,49 +38,81 @@ class Job:
 
 def jobs_for(targets: Iterable[str], shapes: Iterable[Shape], dtypes: Iterable[str]) -> list[Job]:
     """Every direction of every shape in every dtype on every target; the slow ones (GPUs) first."""
-    chosen, kinds = tuple(shapes), tuple(dtypes)
+    kinds = tuple(dtypes)
+    chosen = [(shape, directions(shape)) for shape in shapes]
     return [
         Job(target, shape.op, direction, shape.name, dtype)
         for target in sorted(targets, key=lambda name: get_target(name).is_tpu)
-        for shape in chosen
+        for shape, ways in chosen
         for dtype in kinds
-        for direction in directions(shape)
+        for direction in ways
     ]
 
 
 def directions(shape: Shape) -> tuple[Direction, ...]:
-    """Serving shapes have no backward; only a matmul with an activation saves something."""
+    """Serving shapes have no backward; "saving" is there where a forward for a backward has another spec."""
     if not shape.trains:
         return ("forward",)
-    saves = isinstance(shape, MatmulShape) and shape.activation is not None
+    spec, _ = shape.prepare(DTYPES[0])
+    saves = OPS[shape.op].module("spec").saving(spec) != spec
     return ("forward", "saving", "backward") if saves else ("forward", "backward")
+
+
+def unsupported(job: Job) -> tuple[str, ...]:
+    """Why the library does not offer this on that chip, such as pages of float8 where a GPU has none; () if it does."""
+    target = get_target(job.target)
+    implementation = "triton" if target.is_gpu else "pallas"
+    return supports(job.op, implementation, spec_of(job), target, job.direction != "forward")
+
+
+def spec_of(job: Job) -> Any:
+    """The op's spec, as the public function makes it for this job's arrays."""
+    return _prepared(job)[0]
+
+
+def _prepared(job: Job) -> tuple[Any, tuple[Any, ...]]:
+    spec, inputs = get_shape(job.shape).prepare(job.dtype)
+    return (spec if job.direction == "forward" else OPS[job.op].module("spec").saving(spec)), inputs
 
 
 def gpu_plan(job: Job) -> Plan:
     """The launches of the op's Triton kernels with the tiles that the library chooses for the target."""
-    shape = get_shape(job.shape)
-    spec = spec_of(job)
-    kernel = import_module(f"crosstile.kernels.{job.op}.triton")
-    config = _tiles_of(job).choose_config(spec, get_target(job.target))
-    inputs = tuple(_arrays(shape, job.dtype))
-    forward = kernel.forward(spec, config, *inputs)
+    kernel, target = import_module(f"crosstile.kernels.{job.op}.triton"), get_target(job.target)
+    spec, found = _prepared(job)
+    config = _tiles_of(job).choose_config(spec, target)
+    if not get_shape(job.shape).known_to_host:
+        found = map_arrays(_describe, tuple(found))
+    inputs = map_arrays(_describe, completed(OPS[job.op], "triton", spec, config, target, tuple(found)))
+    forward: Plan = kernel.forward(spec, config, *inputs)
     if job.direction != "backward":
         return forward
     outputs = tuple(forward.outputs.get(name) for name in OPS[job.op].outputs)
     out = next(iter(forward.outputs.values()))
     gradients = (contiguous(out.shape, out.dtype), *(None for _ in outputs[1:]))
-    return kernel.backward(spec, config, inputs, outputs, gradients)
+    backward: Plan = kernel.backward(spec, config, inputs, outputs, gradients)
+    return backward
+
+
+def _describe(array: Any) -> Array:
+    if isinstance(array, Array):
+        return array
+    return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
 
 
 def tpu_program(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A function that calls the public op for the target, and its arguments as trees of ShapeDtypeStruct."""
     import jax
+    import jax.numpy as jnp
 
     import crosstile
 
     shape = get_shape(job.shape)
-    call = _public_call(shape)
-    arguments = tuple(_structs(shape, job.dtype))
+    structs = {name: jax.ShapeDtypeStruct(size, kind) for name, (size, kind) in shape.arrays(job.dtype).items()}
+    floats = {name: struct for name, struct in structs.items() if jnp.issubdtype(struct.dtype, jnp.floating)}
+    others = {name: struct for name, struct in structs.items() if name not in floats}
+
+    def call(floats: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+        return getattr(crosstile, shape.function)(**shape.call({**floats, **others}), implementation="pallas")
 
     def for_target(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -88,25 +122,12 @@ def tpu_program(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return run
 
     if job.direction == "forward":
-        return for_target(call), arguments
-    saving = for_target(lambda *args: jax.vjp(call, *args))
+        return for_target(call), (floats, others)
+    saving = for_target(lambda floats, others: jax.vjp(lambda floats: call(floats, others), floats))
     if job.direction == "saving":
-        return saving, arguments
-    out, pull = jax.eval_shape(saving, *arguments)
+        return saving, (floats, others)
+    out, pull = jax.eval_shape(saving, floats, others)
     return for_target(lambda pull, gradient: pull(gradient)), (pull, out)
-
-
-def spec_of(job: Job) -> Any:
-    """The op's spec, as the public function makes it for this job's arrays."""
-    shape = get_shape(job.shape)
-    if isinstance(shape, AttentionShape):
-        from crosstile.kernels.attention.spec import AttentionSpec
-
-        return AttentionSpec(job.dtype, shape.head_dim, shape.head_dim, causal=shape.causal)
-    from crosstile.kernels.matmul.spec import MatmulSpec
-
-    saves = job.direction != "forward" and shape.activation is not None
-    return MatmulSpec(job.dtype, job.dtype, shape.activation, save_preactivation=saves)
 
 
 def tiles_by_kernel(job: Job) -> Callable[[str], str]:
@@ -131,62 +152,3 @@ def _blocks(config: Any) -> str:
 
 def _tiles_of(job: Job) -> Any:
     return import_module(f"crosstile.kernels.{job.op}.tiles")
-
-
-def _arrays(shape: Shape, dtype: str) -> list[Array | None]:
-    """The kernel's inputs in their canonical form, one leading batch on each."""
-    if isinstance(shape, AttentionShape):
-        return [contiguous(size, dtype) for size in _attention_sizes(shape)]
-    a, b, bias, residual = _matmul_sizes(shape)
-    weight = Array(
-        (1, *b), dtype, (shape.k * shape.n, 1, shape.k) if shape.weight_rows_are_outputs else (b[0] * b[1], b[1], 1)
-    )
-    return [
-        contiguous((1, *a), dtype),
-        weight,
-        contiguous((1, *bias), dtype) if bias else None,
-        contiguous((1, *residual), dtype) if residual else None,
-    ]
-
-
-def _structs(shape: Shape, dtype: str) -> list[Any]:
-    """The public function's array arguments, absent ones left out; a weight of output rows comes as `[n, k]`."""
-    import jax
-
-    if isinstance(shape, AttentionShape):
-        return [jax.ShapeDtypeStruct(size, dtype) for size in _attention_sizes(shape)]
-    a, b, bias, residual = _matmul_sizes(shape)
-    b = b[::-1] if shape.weight_rows_are_outputs else b
-    return [jax.ShapeDtypeStruct(size, dtype) for size in (a, b, bias, residual) if size]
-
-
-def _public_call(shape: Shape) -> Callable[..., Any]:
-    import crosstile
-
-    if isinstance(shape, AttentionShape):
-        return lambda q, k, v: crosstile.attention(q, k, v, causal=shape.causal, implementation="pallas")
-
-    def matmul(a: Any, b: Any, *epilogue: Any) -> Any:
-        rest = list(epilogue)
-        return crosstile.matmul(
-            a,
-            b.T if shape.weight_rows_are_outputs else b,
-            bias=rest.pop(0) if shape.bias else None,
-            activation=shape.activation,
-            residual=rest.pop(0) if shape.residual else None,
-            implementation="pallas",
-        )
-
-    return matmul
-
-
-def _attention_sizes(shape: AttentionShape) -> tuple[tuple[int, ...], ...]:
-    keys = (shape.batch, shape.kv_len, shape.kv_heads, shape.head_dim)
-    return (shape.batch, shape.q_len, shape.q_heads, shape.head_dim), keys, keys
-
-
-def _matmul_sizes(shape: MatmulShape) -> tuple[tuple[int, ...], ...]:
-    """a, b, bias and residual; () for what is absent."""
-    bias = (shape.n,) if shape.bias else ()
-    residual = (shape.m, shape.n) if shape.residual else ()
-    return (shape.m, shape.k), (shape.k, shape.n), bias, residual

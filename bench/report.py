@@ -19,12 +19,13 @@ from .compile import CompileReport, compilers, rows
 from .facts import over_budget
 from .pool import Outcome
 from .roofline import Bound, bounds
+from .shapes import OPS
 from .svg import Series, line_chart, roofline_chart
 from .verify import Check
 
 _NAMES = {"torch": "PyTorch", "jax": "JAX"}
 _COLOURS = {"torch": 1, "jax": 2}
-_OP_COLOURS = {"attention": 3, "matmul": 4}
+_OP_COLOURS = {op: 3 + number for number, op in enumerate(OPS)}  # the page has --series-3 and on
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def render(report: Report) -> str:
         operations=_operations(report.compiled) if report.compiled else [],
         compile_rows=rows(report.compiled) if report.compiled else [],
         rooflines=[_roofline(target, report.bounds) for target in TARGETS.values()],
+        colours={op: _OP_COLOURS[op] for op in dict.fromkeys(item.shape.op for item in report.bounds)},
         versions={**compilers(), **_frameworks()},
         machine=f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -174,7 +176,7 @@ def _compile_cell(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """What a chip's compiler made of one op and direction: which matrix instructions, how much spilled."""
     kernels = [(outcome.job.target, facts) for outcome in outcomes for facts in outcome.kernels]
     kinds = {_short(name) for _, facts in kernels for name, count in facts.matrix.items() if count}
-    fine = all(not outcome.error and outcome.kernels for outcome in outcomes)
+    fine = all(not outcome.error and (outcome.kernels or outcome.unsupported) for outcome in outcomes)
     return {
         "kinds": ", ".join(sorted(kinds)) or "none",
         "kernels": len(kernels),

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from crosstile.kernels.tiles.targets import TARGETS, Target
 
-from .shapes import SHAPES, Shape
+from .shape import Shape
+from .shapes import SHAPES
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ def bound(shape: Shape, target: Target, dtype: str = "bfloat16") -> Bound:
     return Bound(target.name, shape, intensity, tflops, shape.flops / tflops / 1e6, limit)
 
 
-def bounds(targets: Sequence[Target] = tuple(TARGETS.values()), shapes: Sequence[Shape] = SHAPES) -> list[Bound]:
-    """Every shape on every chip."""
+def bounds(targets: Sequence[Target] = tuple(TARGETS.values()), shapes: Sequence[Shape] | None = None) -> list[Bound]:
+    """Every shape on every chip; without `shapes` the everyday ones."""
+    if shapes is None:
+        shapes = [shape for shape in SHAPES if shape.everyday]
     return [bound(shape, target) for target in targets for shape in shapes]
 
 

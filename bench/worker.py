@@ -14,7 +14,7 @@ import sys
 from typing import Any, TextIO
 
 from .facts import KernelFacts
-from .programs import Job, gpu_plan, tiles_by_kernel, tpu_program
+from .programs import Job, gpu_plan, tiles_by_kernel, tpu_program, unsupported
 
 
 def compile_job(job: Job) -> tuple[KernelFacts, ...]:
@@ -33,9 +33,11 @@ def compile_job(job: Job) -> tuple[KernelFacts, ...]:
 
 
 def answer(line: str) -> dict[str, Any]:
-    """The reply to one job, as plain data: its kernels, or the compiler's message."""
+    """The reply to one job, as plain data: its kernels, the compiler's message, or why there is nothing to compile."""
     job = Job(**json.loads(line))
     try:
+        if reasons := unsupported(job):
+            return {"unsupported": " ".join(reasons)}
         return {"kernels": [facts.as_dict() for facts in compile_job(job)]}
     except Exception as error:  # whatever a compiler raises is the job's result, not the worker's end
         return {"error": f"{type(error).__name__}: {_shorten(str(error))}"}

@@ -7,10 +7,11 @@
 (1, 4, 2, 8)
 """
 
+from crosstile.cross_entropy import linear_cross_entropy, linear_cross_entropy_shard, merge_cross_entropy
 from crosstile.dispatch import explain, supports, target, use
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.merge import merge_attention
-from crosstile.ops import attention, matmul, varlen_attention
+from crosstile.ops import attention, layer_norm, matmul, rms_norm, rotary, varlen_attention
 from crosstile.paged import paged_attention
 
 __version__ = "0.1.0"
@@ -19,9 +20,15 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "explain",
+    "layer_norm",
+    "linear_cross_entropy",
+    "linear_cross_entropy_shard",
     "matmul",
     "merge_attention",
+    "merge_cross_entropy",
     "paged_attention",
+    "rms_norm",
+    "rotary",
     "supports",
     "target",
     "use",

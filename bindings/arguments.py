@@ -7,18 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from math import isfinite, prod
 from typing import Any
 
 from crosstile import dispatch
-from crosstile.kernels.attention.spec import INPUTS, MAX_PLANES, AttentionInputs, AttentionSpec
+from crosstile.kernels.attention.spec import FLOAT8, INPUTS, AttentionInputs, AttentionSpec
 from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
 from crosstile.kernels.tiles.expressions import SCORE
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
+FLOATS_AND_8 = (*FLOATS, FLOAT8)
 _WIDEST = 2**30  # of a window's sides: kernels add indices in 32 bits
 _NOTHING_BESIDE = (None,) * (len(INPUTS) - 3)
-_dtype_names: dict[Any, str] = {}  # of the dtypes that were accepted before
 
 
 def prepare_varlen_attention(
@@ -64,7 +65,7 @@ def prepare_attention(
     **beside: Any,
 ) -> tuple[AttentionSpec, tuple[Any, ...]]:
     """The spec and the arrays of a call, in the order of the op's inputs."""
-    dtype = common_dtype(("q", "k", "v"), (q, k, v))
+    dtype = common_dtype(("q", "k", "v"), (q, k, v), FLOATS_AND_8)
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     if not len(q_shape) == len(k_shape) == len(v_shape) == 4:
         for name, shape in (("q", q_shape), ("k", k_shape), ("v", v_shape)):
@@ -90,7 +91,7 @@ def prepare_attention(
         scale = check_scale(scale)
     left, right = (None, None) if window is None else check_window(window)
     spec = AttentionSpec(dtype, head_dim, v_dim, causal, scale, return_lse, left, right)
-    if all(value is None for value in beside.values()):  # the fast way
+    if all(value is None for value in beside.values()) and dtype != FLOAT8:  # the fast way
         return spec, (q, k, v, *_NOTHING_BESIDE)
     spec = replace(spec, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
     return _prepare_beside(spec, q, k, v, **beside)
@@ -113,6 +114,9 @@ def _prepare_beside(
     sinks: Any = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
+    dropout: float | None = None,
+    dropout_seed: Any = None,
+    **of_float8: Any,
 ) -> tuple[AttentionSpec, tuple[Any, ...]]:
     """The spec and the arrays of a call that has more than q, k and v."""
     from crosstile.scores import Scores
@@ -124,6 +128,11 @@ def _prepare_beside(
     if cu_seqlens_q is not None:
         shape = (cu_seqlens_q.shape[0] - 1, q_heads, spec.max_seqlen_q, spec.max_seqlen_k)
     scores = Scores(framework, q, shape)
+    value_scales = None
+    if spec.is_float8 or any(value is not None for value in of_float8.values()):
+        from crosstile.float8 import apply_scales
+
+        spec, value_scales = apply_scales(spec, scores, (q, k, v), **of_float8)
     if softcap is not None:
         scores.cap(check_softcap(softcap))
     if score_mod is not None:
@@ -150,10 +159,13 @@ def _prepare_beside(
         score=None if scores.score == SCORE else scores.score,
         mask=scores.mask,
         plane_gradients=scores.gradients,
+        dropout=dropout or 0.0,
+        weight=scores.weight,
     )
-    planes = (*scores.planes, *(None,) * (MAX_PLANES - len(scores.planes)))
-    arrays = (None if array is None else side.as_int32(array) for array in integers)
-    return spec, AttentionInputs._make((q, k, v, *arrays, sinks, *planes))
+    by_item = [None if array is None else side.as_int32(array) for array in integers]
+    planes = {f"plane{slot}": array for slot, array in enumerate(scores.planes)}
+    seed = check_dropout(dropout, dropout_seed, q, side) if dropout else None
+    return spec, AttentionInputs(*(q, k, v, *by_item, sinks, value_scales, seed), **planes)
 
 
 def prepare_matmul(
@@ -190,12 +202,57 @@ def prepare_paged_attention(*args: Any, **kwargs: Any) -> Any:
     return prepare(*args, **kwargs)
 
 
-RUN_BY = {"varlen_attention": "attention"}  # public functions that are another op's kernels
+def prepare_rotary(*args: Any, **kwargs: Any) -> Any:
+    """The spec and the arrays of a call: see `crosstile.rotary_arguments`."""
+    from crosstile.rotary_arguments import prepare_rotary as prepare
+
+    return prepare(*args, **kwargs)
+
+
+def prepare_rms_norm(*args: Any, **kwargs: Any) -> Any:
+    """The spec and the arrays of a call: see `crosstile.norm_arguments`."""
+    from crosstile.norm_arguments import prepare_rms_norm as prepare
+
+    return prepare(*args, **kwargs)
+
+
+def prepare_layer_norm(*args: Any, **kwargs: Any) -> Any:
+    """The spec and the arrays of a call: see `crosstile.norm_arguments`."""
+    from crosstile.norm_arguments import prepare_layer_norm as prepare
+
+    return prepare(*args, **kwargs)
+
+
+def prepare_linear_cross_entropy(*args: Any, **kwargs: Any) -> Any:
+    """The spec and the arrays of a call: see `crosstile.cross_entropy`."""
+    from crosstile.cross_entropy import prepare_linear_cross_entropy as prepare
+
+    return prepare(*args, **kwargs)
+
+
+def prepare_linear_cross_entropy_shard(*args: Any, **kwargs: Any) -> Any:
+    """The spec and the arrays of a call: see `crosstile.cross_entropy`."""
+    from crosstile.cross_entropy import prepare_linear_cross_entropy_shard as prepare
+
+    return prepare(*args, **kwargs)
+
+
+RUN_BY = {
+    "linear_cross_entropy_shard": "linear_cross_entropy",
+    "varlen_attention": "attention",
+    "rms_norm": "norm",
+    "layer_norm": "norm",
+}  # public functions that are another op's kernels
 PREPARE: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     "attention": prepare_attention,
     "varlen_attention": prepare_varlen_attention,
     "paged_attention": prepare_paged_attention,
     "matmul": prepare_matmul,
+    "rms_norm": prepare_rms_norm,
+    "layer_norm": prepare_layer_norm,
+    "rotary": prepare_rotary,
+    "linear_cross_entropy": prepare_linear_cross_entropy,
+    "linear_cross_entropy_shard": prepare_linear_cross_entropy_shard,
 }
 
 
@@ -228,14 +285,37 @@ def canonical_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, 
     return spec, (a, b, bias, residual), shape
 
 
+def canonical_rotary(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
+    """The arrays with one leading batch each: see `crosstile.rotary_arguments`."""
+    from crosstile.rotary_arguments import canonical_rotary as canonical
+
+    return canonical(xp, spec, arrays)
+
+
+def canonical_norm(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
+    """The arrays with one leading batch each, and the shape to give the result: see `crosstile.norm_arguments`."""
+    from crosstile.norm_arguments import canonical_norm as canonical
+
+    return canonical(xp, spec, arrays)
+
+
 CANONICAL: dict[str, Callable[..., Any]] = {
     "attention": canonical_attention,
+    "linear_cross_entropy": canonical_attention,
     "paged_attention": canonical_attention,
     "matmul": canonical_matmul,
+    "norm": canonical_norm,
+    "rotary": canonical_rotary,
 }
 
 
 # ---- Checks
+
+
+def constant(number: Any) -> Any:
+    """The number, as a constant where torch.compile has made a symbol of it: what lies in a set must be known."""
+    (known,) = {number}
+    return known
 
 
 def check_sinks(sinks: Any, q: Any, side: Any) -> Any:
@@ -246,6 +326,31 @@ def check_sinks(sinks: Any, q: Any, side: Any) -> Any:
     if tuple(sinks.shape) != (q.shape[2],):
         raise ValueError(f"sinks: got {show(sinks.shape)}; it must be [q_heads] = [{q.shape[2]}]")
     return side.spread(sinks, (q.shape[0], q.shape[2]), "float64" if dtype_name(q.dtype) == "float64" else "float32")
+
+
+def check_dropout(dropout: Any, seed: Any, q: Any, side: Any) -> Any:
+    """The seed as two words of 32 bits in an int32 array."""
+    if isinstance(dropout, bool) or not hasattr(dropout, "__float__"):
+        raise TypeError(f"dropout: got {type(dropout).__name__}; it must be a number")
+    if not 0 <= float(dropout) < 1:
+        raise ValueError(f"dropout: got {float(dropout)}; it must be at least 0 and less than 1")
+    if seed is None:
+        raise ValueError("dropout_seed: got None; with dropout it must be an integer, another one in every step")
+    if not hasattr(seed, "dtype"):
+        check_count("dropout_seed", seed)
+        return side.words([_signed(seed), _signed(seed >> 32)], q)
+    check_integers("dropout_seed", seed, q)
+    if tuple(seed.shape) not in ((), (2,)):
+        raise ValueError(
+            f"dropout_seed: got {show(seed.shape)}; it must be one integer [], or two words of 32 bits [2]"
+        )
+    return side.words(seed, q)
+
+
+def _signed(word: int) -> int:
+    """The lowest 32 bits as an int32 has them."""
+    word = word % 2**32
+    return word - 2**32 if word >= 2**31 else word
 
 
 def check_integers(name: str, array: Any, q: Any) -> None:
@@ -285,31 +390,40 @@ def check_softcap(softcap: Any) -> float:
     return value
 
 
-def common_dtype(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
+def common_dtype(names: tuple[str, ...], arrays: tuple[Any, ...], kinds: tuple[str, ...] = FLOATS) -> str:
     """The dtype's name. Raises TypeError naming the array that differs, in framework or in dtype."""
     dtype = getattr(arrays[0], "dtype", None)
     for array in arrays[1:]:
         if array is not None and getattr(array, "dtype", None) is not dtype:
             break
     else:
-        if dtype is not None and (name := _dtype_names.get(dtype)) is not None:
+        if dtype is not None and (name := _name_of(dtype)) in kinds:
             return name
-    return _check_dtypes(names, arrays)
+    return _check_dtypes(names, arrays, kinds)
 
 
-def _check_dtypes(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
+def _check_dtypes(names: tuple[str, ...], arrays: tuple[Any, ...], kinds: tuple[str, ...]) -> str:
     dispatch.framework_of(names, arrays)
     first = dtype_name(arrays[0].dtype)
     for name, array in zip(names, arrays, strict=True):
         if array is None:
             continue
         dtype = dtype_name(array.dtype)
-        if dtype not in FLOATS:
-            raise TypeError(f"{name}: dtype is {dtype}; it must be one of {', '.join(FLOATS)}: convert it first")
+        if dtype not in kinds:
+            raise TypeError(f"{name}: dtype is {dtype}; it must be one of {', '.join(kinds)}: convert it first")
         if dtype != first:
             raise TypeError(f"{name}: dtype is {dtype}; it must be {first}, as {names[0]} is: convert one of them")
-    _dtype_names[arrays[0].dtype] = first
     return first
+
+
+@dispatch.constant_in_compile
+def _name_of(dtype: Any) -> str:
+    return _cached_name(dtype)
+
+
+@cache
+def _cached_name(dtype: Any) -> str:
+    return dtype_name(dtype)
 
 
 def dtype_name(dtype: Any) -> str:

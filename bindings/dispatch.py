@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from crosstile.kernels import attention, matmul, paged_attention
+from crosstile.kernels import attention, linear_cross_entropy, matmul, norm, paged_attention, rotary
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import show
 from crosstile.kernels.tiles.targets import INTERPRET, Target, get_target
@@ -48,7 +48,7 @@ _surroundings = _Surroundings()
 _warned: set[str] = set()
 
 
-def _constant_in_compile(function: Callable[..., Any]) -> Callable[..., Any]:
+def constant_in_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let torch.compile call the function while it traces, as `torch.compiler.assume_constant_result` does.
 
     The mark is an attribute, so that it is set without importing torch.
@@ -87,7 +87,17 @@ class Op:
         return module
 
 
-OPS = {op.name: op for op in (Op("attention", attention), Op("matmul", matmul), Op("paged_attention", paged_attention))}
+OPS = {
+    op.name: op
+    for op in (
+        Op("attention", attention),
+        Op("linear_cross_entropy", linear_cross_entropy),
+        Op("matmul", matmul),
+        Op("norm", norm),
+        Op("paged_attention", paged_attention),
+        Op("rotary", rotary),
+    )
+}
 
 
 @contextmanager
@@ -137,6 +147,17 @@ def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
                 f"all arrays of a call must come from one framework, so convert one of them"
             )
     return first
+
+
+def _framework_of(op: Op, arrays: tuple[Any, ...]) -> str:
+    """That of the op's arrays, beside which those that the host may know can be NumPy's."""
+    known: tuple[str, ...] = getattr(op.module("spec"), "KNOWN_TO_HOST", ())
+    if not known:
+        return framework_of(op.inputs, arrays)
+    pairs = list(zip(op.inputs, arrays, strict=True))
+    kept = [pair for pair in pairs if pair[0] not in known or _framework(pair[1]) != "numpy"]
+    names, others = zip(*kept, strict=True)
+    return framework_of(names, others)
 
 
 def _framework(array: Any) -> str | None:
@@ -195,7 +216,7 @@ def supports(
     return tuple(OPS[op].module(implementation).supports(spec, chip, needs_grad))
 
 
-@_constant_in_compile
+@constant_in_compile
 def installed(package: str) -> bool:
     """Whether that package can be imported."""
     return _find(package)
@@ -208,11 +229,11 @@ def _find(package: str) -> bool:
 
 def run(op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str | None, config: Any) -> tuple[Any, ...]:
     """The op's outputs, from the implementation that the call, its surroundings or its device chooses."""
-    framework = framework_of(op.inputs, arrays)
+    framework = _framework_of(op, arrays)
     named = implementation or _surroundings.implementation or os.environ.get("CROSSTILE_IMPLEMENTATION")
     chip = _surroundings.target
     if named is None and chip is None and framework != "numpy" and glue(framework).on_cpu(arrays[0]):
-        return op.module("library").forward(spec, *arrays)  # the fast way: nothing to weigh
+        return _library(op, framework, spec, arrays)  # the fast way: nothing to weigh
 
     choice = choose(op, spec, arrays, named)
     if choice.implementation is None:
@@ -220,10 +241,18 @@ def run(op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str | None, 
     if choice.stepped_over:
         _warn_once(choice.complaint(op))
     if choice.implementation == "library":
-        return op.module("library").forward(spec, *arrays)
+        return _library(op, framework, spec, arrays)
     if config is not None:
         _check_config(op, config)
     return glue(framework).call(op, spec, arrays, choice.implementation, config, choice.target)
+
+
+def _library(op: Op, framework: str, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    known_to_host: tuple[str, ...] = getattr(op.module("spec"), "KNOWN_TO_HOST", ())
+    if known_to_host and len(arrays) == len(op.inputs):
+        arrays = glue(framework).own(arrays, arrays[0])
+    outputs: tuple[Any, ...] = op.module("library").forward(spec, *arrays)
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -248,7 +277,7 @@ class Choice:
 
 def choose(op: Op, spec: Any, arrays: tuple[Any, ...], named: str | None) -> Choice:
     """Weigh every implementation for these arrays."""
-    framework = framework_of(op.inputs, arrays)
+    framework = _framework_of(op, arrays)
     side = glue(framework)
     chip = _surroundings.target or side.target_of(arrays[0])
     needs_grad = _needs_grad(op, spec, side, arrays)
@@ -359,7 +388,7 @@ def _check_config(op: Op, config: Any) -> None:
         raise TypeError(f"config: got {_type_name(config)}; {op.name} takes a {wanted.__module__}.{wanted.__name__}")
 
 
-@_constant_in_compile
+@constant_in_compile
 def _warn_once(message: str) -> None:
     if message not in _warned:
         _warned.add(message)

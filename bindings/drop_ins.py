@@ -41,7 +41,7 @@ def scaled_dot_product_attention(
         key: `[..., kv_heads, kv_len, head_dim]`; what stands before the length broadcasts with query's.
         value: `[..., kv_heads, kv_len, v_dim]`.
         attn_mask: broadcasts to `[..., q_heads, q_len, kv_len]`; bool (True = attend), or a float that is added.
-        dropout_p: must be 0.
+        dropout_p: the share of the weights that is dropped, by a seed from torch's generator; not the same ones.
         is_causal: aligned top-left, as torch's is: query i sees key j where `j <= i`.
         scale: None means `1 / sqrt(head_dim)`.
         enable_gqa: allow fewer heads in key and value than in query.
@@ -49,7 +49,8 @@ def scaled_dot_product_attention(
     Returns:
         `[..., q_heads, q_len, v_dim]`.
     """
-    _refuse_dropout(dropout_p)
+    from crosstile.torch import drawn_dropout
+
     if is_causal and attn_mask is not None:
         raise ValueError("attn_mask: got one beside is_causal=True; give one of the two")
     lead, arrays = _with_one_batch(query, key, value, enable_gqa)
@@ -60,7 +61,10 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         name = "mask" if "bool" in str(attn_mask.dtype) else "bias"
         seen = {name: _flat(attn_mask, lead, heads) if attn_mask.dim() > 3 else attn_mask}
-    out = attention(*(array.transpose(1, 2) for array in arrays), scale=scale, **seen).transpose(1, 2)
+    seen |= drawn_dropout(dropout_p, query)
+    q, k, v = (array.transpose(1, 2) for array in arrays)
+    out = attention(q, k, v, scale=scale, **seen)
+    out = out.transpose(1, 2)
     return out.reshape(*lead, *(() if query.dim() == key.dim() == 2 else (heads,)), q_len, out.shape[-1])
 
 
@@ -167,19 +171,19 @@ def flash_attn_func(
         q: `[batch, q_len, q_heads, head_dim]`.
         k: `[batch, kv_len, kv_heads, head_dim]`.
         v: `[batch, kv_len, kv_heads, v_dim]`.
-        dropout_p: must be 0.
+        dropout_p: the share of the weights that is dropped, by a seed from torch's generator.
         softmax_scale: None means `1 / sqrt(head_dim)`.
         causal: aligned bottom-right.
         window_size: (left, right), both inclusive, aligned bottom-right; -1 is unbounded.
         softcap: 0 is none.
         alibi_slopes: `[q_heads]` or `[batch, q_heads]`; adds `-slope * |i + kv_len - q_len - j|`.
         deterministic: it always is.
-        return_attn_probs: return (out, logsumexp `[batch, q_heads, q_len]`, None), as without dropout there are none.
+        return_attn_probs: return (out, logsumexp `[batch, q_heads, q_len]`, None).
 
     Returns:
         `[batch, q_len, q_heads, v_dim]`.
     """
-    options = _flash_options(dropout_p, softmax_scale, causal, window_size, softcap, return_attn_probs)
+    options = _flash_options(q, dropout_p, softmax_scale, causal, window_size, softcap, return_attn_probs)
     if alibi_slopes is not None:
         options["score_mod"] = _flash_alibi(alibi_slopes, k.shape[1] - q.shape[1])
     result = attention(q, k, v, **options)
@@ -225,7 +229,7 @@ def flash_attn_varlen_func(
         raise UnsupportedError(
             "block_table: this function takes packed keys only; pages go to crosstile.paged_attention"
         )
-    options = _flash_options(dropout_p, softmax_scale, causal, window_size, softcap, return_attn_probs)
+    options = _flash_options(q, dropout_p, softmax_scale, causal, window_size, softcap, return_attn_probs)
     if alibi_slopes is not None:
         lengths_q, lengths_k = (starts[1:] - starts[:-1] for starts in (cu_seqlens_q, cu_seqlens_k))
         options["score_mod"] = _flash_alibi(alibi_slopes, mods.array(lengths_k - lengths_q))
@@ -235,6 +239,7 @@ def flash_attn_varlen_func(
 
 
 def _flash_options(
+    q: Any,
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
@@ -242,7 +247,8 @@ def _flash_options(
     softcap: float,
     return_attn_probs: bool,
 ) -> dict[str, Any]:
-    _refuse_dropout(dropout_p)
+    from crosstile.torch import drawn_dropout
+
     left, right = (None if size < 0 else size for size in window_size)
     return {
         "causal": causal,
@@ -250,6 +256,7 @@ def _flash_options(
         "scale": softmax_scale,
         "softcap": softcap or None,
         "return_lse": return_attn_probs,
+        **drawn_dropout(dropout_p, q),
     }
 
 
@@ -342,8 +349,3 @@ def _from_top_left(
     masks = [mods.causal()] if causal else []
     masks += [] if window is None else [mods.sliding_window(*window)]
     return {"mask_mod": mods.all_of(*masks)}
-
-
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p:
-        raise UnsupportedError(f"dropout_p: got {dropout_p}; crosstile's attention has no dropout, and it must be 0")

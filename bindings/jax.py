@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from crosstile import arguments, plans
-from crosstile import numpy as host
+from crosstile import numpy as on_host
 from crosstile.dispatch import Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import functions_of
@@ -80,9 +80,33 @@ def wants_gradient(array: Any) -> bool:
     return isinstance(array, jax.Array) and bool(jnp.issubdtype(array.dtype, jnp.floating))
 
 
+def host(like: Any) -> tuple[Any, Any]:
+    """The module for arrays that the host knows, and an array like those that it makes."""
+    return on_host, np.zeros((), like.dtype)
+
+
+def own(arrays: tuple[Any, ...], like: Any) -> tuple[Any, ...]:
+    """The arrays, those of NumPy as JAX's."""
+    return tuple(jnp.asarray(array) if isinstance(array, np.ndarray) else array for array in arrays)
+
+
 def as_int32(array: Any) -> Any:
     """Ids, lengths and offsets as kernels read them."""
     return jnp.asarray(array).astype(jnp.int32)
+
+
+def largest(array: Any) -> Any:
+    """The largest of each row of numbers that are not negative; 0 of an empty one."""
+    return array.max(axis=-1, initial=0.0)
+
+
+def words(seed: Any, like: Any) -> Any:
+    """Two int32 words, the low one first, of themselves or of one integer."""
+    seed = jnp.asarray(seed)
+    if seed.ndim:
+        return seed.astype(jnp.int32)
+    high = seed >> 32 if seed.dtype.itemsize == 8 else jnp.zeros_like(seed)
+    return jnp.stack([seed, high]).astype(jnp.int32)
 
 
 def spread(array: Any, shape: tuple[int, ...], dtype: str) -> Any:
@@ -135,13 +159,14 @@ def call(
 ) -> tuple[Any, ...]:
     """The op's outputs, differentiable."""
     spec, arrays, shape = arguments.CANONICAL[op.name](jnp, spec, arrays)
+    config = config or op.module("tiles").choose_config(spec, target)
+    arrays = own(plans.completed(op, implementation, spec, config, target, arrays), arrays[0])
     outputs = _differentiable(op, spec, implementation, config, target)(*arrays)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
 
 
 @lru_cache(maxsize=1024)
 def _differentiable(op: Op, spec: Any, implementation: str, config: Any, target: Target) -> Callable[..., Any]:
-    config = config or op.module("tiles").choose_config(spec, target)
     run = _once_differentiable(op, implementation, config, target)
     saving = op.module("spec").saving(spec)
 
@@ -196,9 +221,9 @@ def _run_in_callback(
     shapes = _result_shapes(op, direction, spec, operands)
     present = [shape is not None for shape in shapes]
 
-    def on_host(*arrays: Any) -> tuple[np.ndarray, ...]:
+    def call_back(*arrays: Any) -> tuple[np.ndarray, ...]:
         restored = jax.tree.unflatten(tree, [np.asarray(array) for array in arrays])
-        results = host.execute(op, direction, spec, restored, implementation, config, target)
+        results = on_host.execute(op, direction, spec, restored, implementation, config, target)
         return tuple(
             np.ascontiguousarray(result, shape.dtype)
             for result, shape in zip(results, shapes, strict=True)
@@ -206,7 +231,7 @@ def _run_in_callback(
         )
 
     wanted = tuple(shape for shape in shapes if shape is not None)
-    results = iter(jax.pure_callback(on_host, wanted, *leaves, vmap_method="sequential"))
+    results = iter(jax.pure_callback(call_back, wanted, *leaves, vmap_method="sequential"))
     return tuple(next(results) if there else None for there in present)
 
 

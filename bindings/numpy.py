@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ def execute(
     if implementation == "numpy":
         return getattr(module, direction)(spec, *operands)
     config = config or op.module("tiles").choose_config(spec, target)
+    operands = plans.completed(op, implementation, spec, config, target, operands)
     if implementation == "triton":
         from crosstile.kernels.tiles import triton_interpreter
 
@@ -75,9 +77,25 @@ def wants_gradient(array: Any) -> bool:
     return False
 
 
+def host(like: Any) -> tuple[Any, Any]:
+    """The module for arrays that the host knows, and an array like those that it makes."""
+    return sys.modules[__name__], like
+
+
 def as_int32(array: Any) -> Any:
     """Ids, lengths and offsets as kernels read them."""
     return np.ascontiguousarray(array, np.int32)
+
+
+def largest(array: Any) -> Any:
+    """The largest of each row of numbers that are not negative; 0 of an empty one."""
+    return array.max(axis=-1, initial=0.0)
+
+
+def words(seed: Any, like: Any) -> Any:
+    """Two int32 words, the low one first, of themselves or of one integer."""
+    seed = np.asarray(seed)
+    return (seed if seed.ndim else np.stack([seed, seed.astype(np.int64) >> 32])).astype(np.int32)
 
 
 def spread(array: Any, shape: tuple[int, ...], dtype: str) -> Any:

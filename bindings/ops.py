@@ -30,6 +30,13 @@ def attention(
     sinks: Any = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Any = None,
+    q_scale: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    scale_block: int | None = None,
+    out_dtype: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
     config: Any = None,
@@ -41,7 +48,7 @@ def attention(
     key is seen where causality, the window, the lengths, mask, segment_ids and mask_mod all show it.
 
     Args:
-        q: `[batch, q_len, q_heads, head_dim]`, float32, float16 or bfloat16, any strides.
+        q: `[batch, q_len, q_heads, head_dim]`, float32, float16, bfloat16 or float8_e4m3fn, any strides.
         k: `[batch, kv_len, kv_heads, head_dim]`; `q_heads` is a multiple of `kv_heads` (grouped queries).
         v: `[batch, kv_len, kv_heads, v_dim]`; `v_dim` may differ from `head_dim`.
         causal: query i sees key j where `j <= i'`.
@@ -51,13 +58,26 @@ def attention(
         bias: a float array that broadcasts to `[batch, q_heads, q_len, kv_len]`, added to the scores; differentiable,
             its gradient summed over what was broadcast. -inf hides a key.
         mask: a bool array that broadcasts to the same; True = attend.
-        segment_ids: int `[batch, length]`, or a pair (of the queries, of the keys); equal ids see each other.
+        segment_ids: int `[batch, length]`, or a pair (of the queries, of the keys); equal ids see each other. Like
+            mask and the arrays that a mask_mod reads they may be NumPy's beside q of torch or JAX: then the host knows
+            them, and the kernels skip the tiles that they hide.
         q_lengths: int `[batch]`; queries from there on are padding, and give zeros.
         kv_lengths: int `[batch]`; keys from there on are padding, and are not seen.
         sinks: `[q_heads]` logits that join each softmax's denominator and carry no value (Xiao et al.,
             arXiv:2309.17453); differentiable.
         score_mod: `f(score, b, h, i, j)`, a changed score; see `crosstile.mods`.
         mask_mod: `f(b, h, i, j)`, whether query i sees key j; see `crosstile.mods`.
+        dropout: the share of the weights that is dropped, from 0 to less than 1; those that stay are divided by
+            `1 - dropout`. The logsumexp is that of all.
+        dropout_seed: an integer of up to 64 bits, or an integer array of one, or of its two words [2]: which weights
+            are dropped is a function of it and of (b, h, i, j), in every implementation and on every chip
+            (`kernels/tiles/philox.py`).
+        q_scale: of float8_e4m3fn arrays, by what q was divided: float `[batch, q_heads]`, or with scale_block
+            `[batch, q_heads, blocks]`; None is 1. Such arrays have a forward only, on sm_90, sm_100, gfx950 and v7x.
+        k_scale: that of k, by key head.
+        v_scale: that of v, by key head.
+        scale_block: the tokens that share a scale; None: a head's all.
+        out_dtype: of the result of float8 arrays: bfloat16 (None), float16 or float32.
         return_lse: also return the logsumexp of each query's scores.
         implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
         config: an `AttentionConfig`, the tiles of this call.
@@ -91,6 +111,13 @@ def attention(
         "sinks": sinks,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "dropout": dropout or None,
+        "dropout_seed": dropout_seed if dropout else None,
+        "q_scale": q_scale,
+        "k_scale": k_scale,
+        "v_scale": v_scale,
+        "scale_block": scale_block,
+        "out_dtype": out_dtype,
     }
     spec, arrays = arguments.prepare_attention(
         q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse, **beside
@@ -117,6 +144,8 @@ def varlen_attention(
     sinks: Any = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
+    dropout: float = 0.0,
+    dropout_seed: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
     config: Any = None,
@@ -152,6 +181,8 @@ def varlen_attention(
         "sinks": sinks,
         "score_mod": score_mod,
         "mask_mod": mask_mod,
+        "dropout": dropout or None,
+        "dropout_seed": dropout_seed if dropout else None,
     }
     options = {"causal": causal, "window": window, "scale": scale, "return_lse": return_lse, **beside}
     lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
@@ -200,3 +231,139 @@ def matmul(
         a, b, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype
     )
     return dispatch.run(dispatch.OPS["matmul"], spec, arrays, implementation, config)[0]
+
+
+def rms_norm(
+    x: Any,
+    weight: Any,
+    *,
+    eps: float = 1e-6,
+    residual: Any = None,
+    zero_centered: bool = False,
+    implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """`x / sqrt(mean(x^2) + eps) * weight` along the last dimension, in one kernel.
+
+    Args:
+        x: `[..., hidden]`, float32, float16 or bfloat16, any strides.
+        weight: `[hidden]`, x's dtype.
+        eps: added under the root, from 0.
+        residual: x's shape and dtype. Then `x + residual`, rounded to x's dtype, is normalised, and returned too: the
+            residual stream of a transformer moves on without a kernel of its own.
+        zero_centered: rows are scaled by `1 + weight`, as Gemma's are.
+        implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
+        config: a `NormConfig`, the tiles of this call.
+
+    Returns:
+        y of x's shape and dtype, or with a residual (y, `x + residual`); computed in float32, rounded once,
+        differentiable in x, weight and residual.
+
+    Raises:
+        TypeError: arrays of two frameworks or two dtypes, or of a dtype that is not a float.
+        ValueError: shapes that do not fit; the message names the argument.
+        crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
+
+    Algorithm: Zhang & Sennrich, "Root Mean Square Layer Normalization" (arXiv:1910.07467).
+
+    >>> import numpy as np
+    >>> x = np.array([[3.0, 4.0]])
+    >>> y, summed = rms_norm(x, np.ones(2), eps=0.0, residual=x)
+    >>> y.round(4).tolist(), summed.tolist()
+    ([[0.8485, 1.1314]], [[6.0, 8.0]])
+    """
+    spec, arrays = arguments.prepare_rms_norm(x, weight, eps=eps, residual=residual, zero_centered=zero_centered)
+    y, summed = dispatch.run(dispatch.OPS["norm"], spec, arrays, implementation, config)
+    return y if residual is None else (y, summed.reshape(x.shape))
+
+
+def layer_norm(
+    x: Any,
+    weight: Any,
+    bias: Any = None,
+    *,
+    eps: float = 1e-5,
+    residual: Any = None,
+    implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` along the last dimension, in one kernel.
+
+    Args:
+        x: `[..., hidden]`, float32, float16 or bfloat16, any strides.
+        weight: `[hidden]`, x's dtype.
+        bias: `[hidden]`, x's dtype, or None.
+        eps: added under the root, from 0.
+        residual: x's shape and dtype. Then `x + residual`, rounded to x's dtype, is normalised, and returned too.
+        implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
+        config: a `NormConfig`, the tiles of this call.
+
+    Returns:
+        y of x's shape and dtype, or with a residual (y, `x + residual`); computed in float32, rounded once,
+        differentiable in x, weight, bias and residual. The variance is that of the whole row (divided by hidden).
+
+    Raises:
+        TypeError: arrays of two frameworks or two dtypes, or of a dtype that is not a float.
+        ValueError: shapes that do not fit; the message names the argument.
+        crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
+
+    Algorithm: Ba, Kiros & Hinton, "Layer Normalization" (arXiv:1607.06450).
+
+    >>> import numpy as np
+    >>> layer_norm(np.array([1.0, 3.0]), np.ones(2), np.array([5.0, 5.0]), eps=0.0).tolist()
+    [4.0, 6.0]
+    """
+    spec, arrays = arguments.prepare_layer_norm(x, weight, bias, eps=eps, residual=residual)
+    y, summed = dispatch.run(dispatch.OPS["norm"], spec, arrays, implementation, config)
+    return y if residual is None else (y, summed.reshape(x.shape))
+
+
+def rotary(
+    x: Any,
+    positions: Any,
+    *,
+    base: float = 10000.0,
+    scaling: Any = None,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """Rotary position embedding: pair j of a head at position p turned by the angle `p * frequency(j)`, in one kernel.
+
+    The frequency of pair j is `base ** (-2 j / rotary_dim)`, stretched by scaling. Frequencies and angles are float32
+    and computed as Hugging Face transformers does, since models are trained on their rounding.
+
+    Args:
+        x: `[batch, length, heads, head_dim]`, float32, float16 or bfloat16, any strides; or a pair (q, k) of these, of
+            different numbers of heads, which one kernel rotates together.
+        positions: int `[batch, length]`, or `[length]` for all alike.
+        base: of the frequencies, also known as rope_theta.
+        scaling: None, or a `Llama3Scaling`, `YarnScaling` or `LinearScaling` of `crosstile.kernels.rotary.spec`, or the
+            `rope_scaling` (`rope_parameters`) dict of a Hugging Face config. rope_theta in it is not read: pass base.
+        interleaved: a pair is two neighbours, (2 j, 2 j + 1), as in GPT-J; otherwise (j, j + rotary_dim / 2), as in
+            GPT-NeoX and Llama.
+        rotary_dim: how many leading elements of each head are rotated; the others pass as they are. None means all.
+        implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
+        config: a `RotaryConfig`, the tiles of this call.
+
+    Returns:
+        x rotated, of its shape and dtype, or the pair; computed in float32, rounded once, differentiable in x.
+
+    Raises:
+        TypeError: arrays of two frameworks or two dtypes, or of a dtype that cannot be.
+        ValueError: shapes that do not fit, or a scaling that lacks something; the message names the argument.
+        crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
+
+    Algorithm: Su et al., "RoFormer" (arXiv:2104.09864).
+
+    >>> import numpy as np
+    >>> x = np.array([1.0, 0.0]).reshape(1, 1, 1, 2)
+    >>> rotary(x, np.array([1])).ravel().round(4).tolist()  # (cos 1, sin 1)
+    [0.5403, 0.8415]
+    """
+    spec, arrays = arguments.prepare_rotary(
+        x, positions, base=base, scaling=scaling, interleaved=interleaved, rotary_dim=rotary_dim
+    )
+    rotated, rotated_k = dispatch.run(dispatch.OPS["rotary"], spec, arrays, implementation, config)
+    return (rotated, rotated_k) if isinstance(x, tuple | list) else rotated

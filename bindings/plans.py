@@ -12,6 +12,7 @@ from typing import Any
 
 from crosstile.dispatch import Op
 from crosstile.kernels.tiles.launch import Plan
+from crosstile.kernels.tiles.targets import Target
 
 
 def map_arrays(function: Callable[[Any], Any], operands: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -20,6 +21,19 @@ def map_arrays(function: Callable[[Any], Any], operands: tuple[Any, ...]) -> tup
         map_arrays(function, item) if isinstance(item, tuple) else None if item is None else function(item)
         for item in operands
     )
+
+
+def completed(
+    op: Op, implementation: str, spec: Any, config: Any, target: Target, operands: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The operands, with the inputs that the op's kernels compute on the host from those that are NumPy arrays."""
+    complete = getattr(op.module(implementation), "completed", None)
+    if complete is None:
+        return operands
+    if any(isinstance(item, tuple) for item in operands):
+        return (complete(spec, config, target, operands[0]), *operands[1:])
+    found: tuple[Any, ...] = complete(spec, config, target, operands)
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -48,11 +48,22 @@ class Scores:
     shape: tuple[Any, ...]
     score: Expression = SCORE
     mask: Expression | None = None
+    weight: Expression | None = None
     planes: list[Any] = field(default_factory=list)
     gradients: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.glue = dispatch.glue(self.framework)
+
+    def scale(self, queries: Any, keys: Any) -> None:
+        """The scales of quantised queries and keys, float32 that broadcast to the scores; None for 1."""
+        for scales in (queries, keys):
+            if scales is not None:
+                self.score = ("mul", self.score, self._plane("q_scale, k_scale", scales))
+
+    def weigh(self, values: Any) -> None:
+        """The scales of quantised values, float32 that broadcast to the scores, from 0 to 1."""
+        self.weight = self._plane("v_scale", values)
 
     def cap(self, softcap: float) -> None:
         """`softcap * tanh(score / softcap)`."""
@@ -68,7 +79,7 @@ class Scores:
         self.score = ("add", self.score, self._plane("bias", self._spread("bias", bias), source=bias))
 
     def see(self, mask: Any) -> None:
-        """A boolean mask that broadcasts to the scores."""
+        """A boolean mask that broadcasts to the scores; one of NumPy's is known to the host."""
         self._check_kind("mask", mask, "bool", lambda dtype: dtype == "bool")
         self._both(self._plane("mask", self._spread("mask", mask)))
 
@@ -89,8 +100,8 @@ class Scores:
                     f"{name}: got {list(ids.shape)}; it must be [batch, length] = [{batch}, {length}], or a pair of "
                     "such arrays, (of the queries, of the keys)"
                 )
-        column = self.glue.as_int32(queries)[:, None, :, None]
-        row = self.glue.as_int32(keys)[:, None, None, :]
+        column = self._side(queries)[0].as_int32(queries)[:, None, :, None]
+        row = self._side(keys)[0].as_int32(keys)[:, None, None, :]
         self._both(("eq", self._plane("segment_ids", column), self._plane("segment_ids", row)))
 
     def _both(self, seen: Expression) -> None:
@@ -110,8 +121,8 @@ class Scores:
         return plane(slot)
 
     def _check_kind(self, argument: str, array: Any, wanted: str, fits: Callable[[str], bool]) -> None:
-        if dispatch.framework_of(("q", argument), (self.like, array)) != self.framework:
-            raise TypeError(f"{argument}: it must be of {self.framework}, as q is")
+        if not (argument in ("mask", "segment_ids") and isinstance(array, np.ndarray)):
+            dispatch.framework_of(("q", argument), (self.like, array))
         dtype = getattr(array.dtype, "name", None) or str(array.dtype).removeprefix("torch.")
         if not fits(dtype):
             raise TypeError(f"{argument}: dtype is {dtype}; it must be {wanted}: convert it first")
@@ -124,7 +135,17 @@ class Scores:
                 f"{argument}: got {list(array.shape)}; it must broadcast to [batch, q_heads, q_len, kv_len] = "
                 f"{list(self.shape)}"
             )
-        return self.glue.as_plane(array.reshape(sizes), self.like)
+        side, like = self._side(array)
+        return side.as_plane(array.reshape(sizes), like)
+
+    def _side(self, *arrays: Any) -> tuple[Any, Any]:
+        """What makes planes of the arrays, and an array like them: on the host where all are NumPy's."""
+        if all(isinstance(array, np.ndarray) for array in arrays) and not (
+            self.framework == "jax" and any(not isinstance(size, int) for size in self.shape)
+        ):
+            host: tuple[Any, Any] = self.glue.host(self.like)
+            return host
+        return self.glue, self.like
 
     def _lowered(self, expression: Expression, argument: str) -> Expression:
         """The expression with its look-ups evaluated into planes."""
@@ -141,10 +162,11 @@ class Scores:
 
     def _look_up(self, held: Any, indices: list[Expression], arrays: dict[Expression, Any]) -> Any:
         values = dict(arrays)
+        side, like = self._side(held, *(arrays[leaf] for index in indices for leaf in leaves(index) if leaf in arrays))
         for axis, name in enumerate(INDICES):
-            values[(name,)] = self.glue.index_grid(self.shape[axis], axis, self.like)
-        functions = self.glue.functions()
-        return self.glue.look_up(held, [evaluate(index, values, functions) for index in indices], self.like)
+            values[(name,)] = side.index_grid(self.shape[axis], axis, like)
+        functions = side.functions()
+        return side.look_up(held, [evaluate(index, values, functions) for index in indices], like)
 
 
 def visible_tiles(

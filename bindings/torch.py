@@ -7,6 +7,7 @@ torch op's results cannot be optional.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
@@ -19,7 +20,7 @@ from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
 from crosstile import arguments, plans
-from crosstile import numpy as host
+from crosstile import numpy as on_host
 from crosstile.dispatch import OPS, Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import parse, text_of
@@ -76,9 +77,47 @@ def wants_gradient(array: Any) -> bool:
     return isinstance(array, Tensor) and array.requires_grad
 
 
-def as_int32(array: Tensor) -> Tensor:
+def host(like: Tensor) -> tuple[Any, Tensor]:
+    """The module for arrays that the host knows, and a tensor like those that it makes."""
+    return sys.modules[__name__], like if like.device.type == "cpu" else like.new_empty((), device="cpu")
+
+
+def own(arrays: tuple[Any, ...], like: Tensor) -> tuple[Any, ...]:
+    """The tensors, those that stayed in the host's memory on the others' device."""
+    if on_cpu(like):
+        return arrays
+    return tuple(array if array is None else array.to(like.device) for array in arrays)
+
+
+def _tensor(array: Any) -> Tensor:
+    """A tensor, of an array of NumPy's too: a copy, for torch has no negative strides and no fixed arrays."""
+    return torch.as_tensor(np.array(array)) if isinstance(array, np.ndarray) else array
+
+
+def as_int32(array: Any) -> Tensor:
     """Ids, lengths and offsets as kernels read them."""
-    return array.to(torch.int32).contiguous()
+    return _tensor(array).to(torch.int32).contiguous()
+
+
+def largest(array: Tensor) -> Tensor:
+    """The largest of each row of numbers that are not negative; 0 of an empty one."""
+    return array.amax(dim=-1) if array.shape[-1] else array.new_zeros(array.shape[:-1])
+
+
+def words(seed: Any, like: Tensor) -> Tensor:
+    """Two int32 words, the low one first, of themselves or of one integer."""
+    seed = torch.as_tensor(seed, device=like.device)
+    if not seed.dim():
+        seed = seed.to(torch.int64)
+        seed = torch.stack([seed, seed >> 32])
+    return seed.to(torch.int32)
+
+
+def drawn_dropout(share: float, like: Tensor) -> dict[str, Any]:
+    """Options of attention that drop a share of the weights, by a seed from torch's own generator."""
+    if not share:
+        return {}
+    return {"dropout": share, "dropout_seed": torch.randint(2**62, (), device=like.device)}
 
 
 def spread(array: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -86,8 +125,9 @@ def spread(array: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
     return array.to(getattr(torch, dtype)).expand(shape)
 
 
-def as_plane(array: Tensor, like: Tensor) -> Tensor:
+def as_plane(array: Any, like: Tensor) -> Tensor:
     """An array beside the scores, as kernels read it: bool, int32, or a float no wider than q."""
+    array = _tensor(array)
     if array.dtype == torch.float64 and like.dtype != torch.float64:
         return array.to(torch.float32)
     return array if array.dtype.is_floating_point or array.dtype == torch.bool else array.to(torch.int32)
@@ -105,7 +145,7 @@ def functions() -> dict[str, Any]:
 
 def look_up(held: Any, indices: list[Any], like: Tensor) -> Tensor:
     """The elements at those indices, which broadcast to four dimensions; an index past an end takes the end."""
-    held = torch.as_tensor(held, device=like.device)
+    held = _tensor(held).to(like.device)
     clipped = tuple(
         index.clamp(0, size - 1) if isinstance(index, Tensor) else min(max(index, 0), size - 1)
         for index, size in zip(indices, held.shape, strict=True)
@@ -156,9 +196,9 @@ def _one_leading_size(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_devices(op: Op, arrays: tuple[Any, ...]) -> None:
-    device = arrays[0].device
+    device, known_to_host = arrays[0].device, getattr(op.module("spec"), "KNOWN_TO_HOST", ())
     for name, array in zip(op.inputs[1:], arrays[1:], strict=True):
-        if array is not None and array.device != device:
+        if array is not None and array.device != device and not (array.device.type == "cpu" and name in known_to_host):
             raise ValueError(f"{name}: is on {array.device}; it must be on {device}, as {op.inputs[0]} is: use .to()")
 
 
@@ -277,19 +317,22 @@ def _fold(
     op: Op, operator: CustomOpDef, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[Any, Any]:
     """vmap: every array has a leading batch, so the mapped dimension joins it."""
-    for name, array in zip(op.inputs, args, strict=False):
-        if name in op.module("spec").WITHOUT_BATCH and array is not None:
+    module = op.module("spec")
+    shared = getattr(module, "SHARED", ())
+    for name, array, dim in zip(op.inputs, args, in_dims, strict=False):
+        if name in module.WITHOUT_BATCH and array is not None and not (name in shared and dim is None):
             raise UnsupportedError(
                 f"{name}: {op.name} cannot be mapped by torch.vmap over it: loop, or pack all into one"
             )
 
-    def fold(array: Any, dim: int | None) -> Any:
-        if not isinstance(array, Tensor) or (not array.numel() and array.dim() == 1):
+    def fold(name: str, array: Any, dim: int | None) -> Any:
+        if not isinstance(array, Tensor) or (not array.numel() and array.dim() == 1) or name in shared:
             return array
         mapped = array.expand(size, *array.shape) if dim is None else array.movedim(dim, 0)
         return mapped.reshape(size * mapped.shape[1], *mapped.shape[2:])
 
-    results = operator(*(fold(array, dim) for array, dim in zip(args, in_dims, strict=True)))
+    names = (*op.inputs, *[""] * (len(args) - len(op.inputs)))
+    results = operator(*(fold(*each) for each in zip(names, args, in_dims, strict=True)))
     unfolded = tuple(
         result.reshape(size, result.shape[0] // size, *result.shape[1:]) if result.dim() > 1 else result
         for result in results
@@ -337,9 +380,15 @@ def _execute(
     like = inputs[0]
     if implementation == "numpy" or target.interpreted:
         arrays = plans.map_arrays(to_numpy, operands)
-        results = host.execute(op, direction, spec, arrays, implementation, config, target)
+        results = on_host.execute(op, direction, spec, arrays, implementation, config, target)
         tensors = [None if result is None else from_numpy(result).to(like.device) for result in results]
-    elif implementation == "triton":
+        return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+    known = plans.map_arrays(lambda tensor: to_numpy(tensor) if on_cpu(tensor) else tensor, operands)
+    operands = plans.map_arrays(
+        lambda array: from_numpy(array).to(like.device) if isinstance(array, np.ndarray) else array,
+        plans.completed(op, implementation, spec, config, target, known),
+    )
+    if implementation == "triton":
         plan = plans.make(op, direction, spec, config, plans.map_arrays(_describe, operands))
         tensors = list(plans.collect(op, direction, plan, _launch(plan, plans.by_name(op, operands), like)))
     else:

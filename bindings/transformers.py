@@ -19,8 +19,8 @@ from crosstile.torch_mods import WHOLE, mask_mod_of, recorded
 def register_with_transformers(name: str = "crosstile") -> None:
     """Let `from_pretrained(..., attn_implementation=name)`, configs and `set_attn_implementation` choose crosstile.
 
-    Softcaps, attention sinks, sliding windows, padded and packed batches, position biases and caches work; dropout in
-    attention does not. A row that sees no key gives 0, where eager attention gives the mean of the values.
+    Softcaps, attention sinks, sliding windows, padded and packed batches, position biases, dropout and caches work. A
+    row that sees no key gives 0, where eager attention gives the mean of the values.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -49,16 +49,15 @@ def _attention_of_a_layer(
     **others: Any,
 ) -> tuple[Any, None]:
     """What a layer calls: query `[batch, q_heads, q_len, head_dim]`; the result is `[batch, q_len, q_heads, v_dim]`."""
-    if dropout:
-        raise UnsupportedError(
-            f"dropout: got {dropout}; set attention_dropout to 0 in the config, or call model.eval()"
-        )
+    from crosstile.torch import drawn_dropout
+
     if output_attentions:
         raise UnsupportedError(
             "output_attentions: crosstile makes no weights; use attn_implementation='eager' for them"
         )
     q, k, v = (array.transpose(1, 2) for array in (query, key, value))
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "sinks": s_aux, "bias": position_bias}
+    options |= drawn_dropout(dropout, q)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     if attention_mask is None:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

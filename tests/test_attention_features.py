@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from allpairspy import AllPairs
 from feature_calls import FEATURES, Sizes, worst
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from oracles import rounded
+
+import crosstile
+from crosstile.kernels.attention.spec import MAX_PLANES
 
 IMPLEMENTATIONS = {"library": "library", "triton": "Triton", "pallas": "Pallas"}
-NARROW = {"library": "bfloat16", "triton": "float16", "pallas": "bfloat16"}  # what each interpreter computes rightly
+NARROW = "bfloat16"
 PAGE = Path(__file__).parent.parent / "docs" / "attention.md"
 MARKS = "<!-- features: begin -->", "<!-- features: end -->"
 
@@ -37,11 +44,47 @@ def test_feature(feature, implementation, direction):
     check(Sizes(), (feature,), "float32", implementation, direction == "backward")
 
 
+def float8(implementation: str) -> None:
+    """Within the rounding of weights to float8, a sixteenth of each at most."""
+    draw = np.random.default_rng(0).standard_normal
+    exact = [rounded(draw((1, 40, heads, 16)), "float8_e4m3fn") for heads in (4, 2, 2)]
+    arrays = [torch.from_numpy(array).to(torch.float8_e4m3fn) for array in exact]
+    scales = {name: torch.full((1, array.shape[2]), 0.5) for name, array in zip(SCALES, arrays, strict=True)}
+    out = crosstile.attention(*arrays, **scales, out_dtype=torch.float32, implementation=implementation)
+    q, k, v = (0.5 * array for array in exact)
+    bound = crosstile.attention(q, k, abs(v)) / 16
+    assert (abs(out.numpy() - crosstile.attention(q, k, v)) <= bound).all()
+
+
+def pages(implementation: str) -> None:
+    draw = np.random.default_rng(0).standard_normal
+    q, pages = draw((2, 4, 16)), draw((2, 6, 16, 2, 16))
+    table, lengths = np.array([[3, 1], [5, 0]]), np.array([20, 9])
+    exact = crosstile.paged_attention(q, *pages, table, lengths)
+    arrays = (torch.from_numpy(array.astype(np.float32)) for array in (q, *pages))
+    where = (torch.from_numpy(array) for array in (table, lengths))
+    out = crosstile.paged_attention(*arrays, *where, implementation=implementation)
+    np.testing.assert_allclose(out.numpy(), exact, rtol=1e-5, atol=1e-6)
+
+
+SCALES = "q_scale", "k_scale", "v_scale"
+FORWARD_ONLY = {  # and files of tests of their own
+    "float8 q, k and v": (float8, "tests/kernels/attention/test_float8.py"),
+    "keys and values in pages": (pages, "tests/kernels/paged_attention"),
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("feature", FORWARD_ONLY)
+def test_forward_only(feature, implementation):
+    FORWARD_ONLY[feature][0](implementation)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.sweep
 def test_feature_in_the_narrow_precision(feature, implementation):
-    check(Sizes(), (feature,), NARROW[implementation], implementation)
+    check(Sizes(), (feature,), NARROW, implementation)
 
 
 # ---- Pairs: a covering array, in which any two values of two factors meet in some row
@@ -50,12 +93,13 @@ FACTORS = {
     "range": [(), ("causal",), ("window, left and right",), ("causal window",)],
     "softcap": [(), ("softcap",)],
     "bias": [(), ("bias, full",), ("bias, per head",), ("bias, per key",)],
-    "mask": [(), ("mask",)],
+    "mask": [(), ("mask",), ("mask, known to the host",)],
     "segments": [(), ("segment ids",)],
     "lengths": [(), ("lengths",)],
     "sinks": [(), ("sinks",)],
     "score_mod": [(), ("score_mod: ALiBi",)],
     "mask_mod": [(), ("mask_mod: prefix LM",), ("mask_mod: dilated",), ("mask_mod: documents",)],
+    "dropout": [(), ("dropout",)],
     "sizes": [
         Sizes(),
         Sizes(1, 65, 33, 1, 3, 40, 24),
@@ -69,12 +113,23 @@ PACKED_FACTORS = {
     "sinks": FACTORS["sinks"],
     "score_mod": FACTORS["score_mod"],
     "mask_mod": [(), ("mask_mod: prefix LM",), ("mask_mod: dilated",)],
+    "dropout": FACTORS["dropout"],
     "sizes": [Sizes(), Sizes(3, 9, 33, 1, 3, 40, 24), Sizes(2, 33, 70, 2, 1, 8, 33)],
 }
 
 
+PLANES = {"mask_mod: documents": 2, "segment ids": 2, "mask": 1, "mask, known to the host": 1, "score_mod: ALiBi": 1}
+PLANES |= {name: 1 for name in FEATURES if name.startswith("bias")}
+
+
+def fits(parts: list[Any]) -> bool:
+    """Whether a call has room for all the arrays that the features put beside the scores."""
+    return sum(PLANES.get(name, 0) for part in parts if isinstance(part, tuple) for name in part) <= MAX_PLANES
+
+
 def rows(factors: dict[str, list]) -> list[tuple[Sizes, tuple[str, ...]]]:
-    return [(row[-1], tuple(name for part in row[:-1] for name in part)) for row in AllPairs(list(factors.values()))]
+    pairs = AllPairs(list(factors.values()), filter_func=fits)
+    return [(row[-1], tuple(name for part in row[:-1] for name in part)) for row in pairs]
 
 
 ROWS = rows(FACTORS) + [(sizes, (*features, "packed sequences (varlen)")) for sizes, features in rows(PACKED_FACTORS)]
@@ -116,6 +171,7 @@ def problems(draw: st.DrawFn) -> tuple[Sizes, tuple[str, ...]]:
     factors = draw(st.sampled_from([FACTORS, PACKED_FACTORS]))
     packed = ("packed sequences (varlen)",) if factors is PACKED_FACTORS else ()
     chosen = [draw(st.sampled_from(options)) for name, options in factors.items() if name != "sizes"]
+    assume(fits(chosen))
     return sizes, (*(name for part in chosen for name in part), *packed)
 
 
@@ -158,6 +214,8 @@ def table() -> str:
             for direction in ("forward", "backward")
         ]
         lines.append(f"| {feature} | " + " | ".join(cells) + " |")
+    for feature in FORWARD_ONLY:
+        lines.append(f"| {feature} | " + " | ".join(["✓", "inference only"] * len(columns)) + " |")
     return "\n".join(lines)
 
 

@@ -24,11 +24,13 @@ import crosstile.kernels
 from crosstile import plans
 from crosstile.dispatch import OPS
 from crosstile.kernels.attention import reference as attention_reference
+from crosstile.kernels.attention.sparsity import flat
 from crosstile.kernels.attention.spec import INPUTS, AttentionSpec
 from crosstile.kernels.matmul.spec import MatmulSpec
-from crosstile.kernels.tiles.expressions import SCORE, const, plane
+from crosstile.kernels.tiles.expressions import SCORE, Expression, const, plane
 from crosstile.kernels.tiles.launch import Array
 from crosstile.kernels.tiles.targets import INTERPRET
+from crosstile.kernels.tiles.visibility import visible_tiles
 
 KERNELS = Path(crosstile.kernels.__path__[0])
 _serial = itertools.count()
@@ -245,6 +247,13 @@ def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
+def with_runs(mask: Expression, q_len: int, kv_len: int) -> dict[str, Any]:
+    """The lists of the tiles that the interpreted kernels visit under the mask."""
+    runs = visible_tiles(mask, q_len, kv_len, 32, 32)
+    return {"forward_runs": flat(runs), "dq_runs": flat(runs), "dkv_runs": flat(runs.transposed())}
+
+
+DOCUMENTS: Expression = ("eq", ("floordiv", ("i",), const(70)), ("floordiv", ("j",), const(75)))
 PROBLEMS: dict[str, dict[str, Any]] = {
     "attention": {
         "causal": AttentionProblem(40, 52, True),
@@ -278,6 +287,8 @@ PROBLEMS: dict[str, dict[str, Any]] = {
             99,
             1,
         ),
+        "runs": FeatureProblem({"mask": DOCUMENTS}, with_runs(DOCUMENTS, 128, 128), 128, 128, 1),
+        "dropout": FeatureProblem({"dropout": 0.4}, {"dropout_seed": ints(7, 1)}),
         "mask": FeatureProblem(
             {"mask": ("ne", ("mod", ("sub", ("i",), ("j",)), const(3)), plane(0))},
             {"plane0": np.resize(np.arange(3, dtype=np.int32), (2, 1, 40, 1))},
@@ -317,7 +328,8 @@ class Suite:
 
 
 T, H, X = "attention/triton.py", "tiles/triton_tiles.py", "tiles/triton_expressions.py"
-TB, TP, TW = (f"attention/triton_{part}.py" for part in ("backward", "planes", "weights"))
+KV, DQ, TP, TW = (f"attention/triton_{part}.py" for part in ("dkv", "dq", "planes", "weights"))
+RN = "tiles/triton_philox.py"
 ATTENTION_TRITON = Suite(
     "attention",
     "triton",
@@ -376,28 +388,28 @@ ATTENTION_TRITON = Suite(
         ),
         Mutation(
             "delta with the wrong sign in dk",
-            TB,
+            KV,
             "(dweights - delta_tile[None, :])",
             "(dweights + delta_tile[None, :])",
             BACKWARD,
         ),
         Mutation(
             "delta with the wrong sign in dq",
-            TB,
+            DQ,
             "(dweights - delta_tile[:, None])",
             "(dweights + delta_tile[:, None])",
             BACKWARD,
         ),
         Mutation("dlse forgotten", TW, "delta_tile -= load_rows", "delta_tile -= 0.0 * load_rows", BACKWARD),
         Mutation("dlse added", TW, "delta_tile -= load_rows", "delta_tile += load_rows", BACKWARD),
-        Mutation("only one head of a group", TB, "tl.range(0, GROUP * tiles", "tl.range(0, tiles", BACKWARD),
-        Mutation("dk not scaled", TB, "dk_tile * scale", "dk_tile", BACKWARD),
-        Mutation("dq not scaled", TB, "dq_tile * scale", "dq_tile", BACKWARD),
+        Mutation("only one head of a group", KV, "tl.range(0, GROUP * tiles", "tl.range(0, tiles", BACKWARD),
+        Mutation("dk not scaled", KV, "dk_tile * scale", "dk_tile", BACKWARD),
+        Mutation("dq not scaled", DQ, "dq_tile * scale", "dq_tile", BACKWARD),
         Mutation(
             "dv summed from float16",
-            TB,
-            "dv = tl.dot(weights.to(dout_tile.dtype), dout_tile",
-            "dv = tl.dot(weights, dout_tile.to(tl.float16).to(tl.float32)",
+            KV,
+            "dv = tl.dot(dropped.to(dout_tile.dtype), dout_tile",
+            "dv = tl.dot(dropped, dout_tile.to(tl.float16).to(tl.float32)",
             BACKWARD,
         ),
         Mutation(
@@ -450,7 +462,7 @@ ATTENTION_TRITON = Suite(
         ),
         Mutation(
             "keys past their length",
-            TB,
+            KV,
             "dv_tile = tl.where(exist, dv_tile, 0.0)",
             "dv_tile = dv_tile",
             BACKWARD,
@@ -475,17 +487,44 @@ ATTENTION_TRITON = Suite(
         Mutation(
             "no sink in the denominator",
             T,
-            'tl.where(first_peak == float("-inf"), 0.0, 1.0)',
+            'tl.where(first_peak == float("-inf"), 0.0, ONE)',
             "0.0",
             problems=("sinks",),
         ),
+        Mutation("runs begin a tile late", H, "~first, first) * BLOCK", "-first, first) * BLOCK", problems=("runs",)),
+        Mutation(
+            "runs begin a tile late, dq", H, "~first, first) * BLOCK", "-first, first) * BLOCK", BACKWARD, ("runs",)
+        ),
+        Mutation("every run whole", H, "whole = first < 0", "whole = first == first", problems=("runs",)),
+        Mutation(
+            "runs of the next row of keys",
+            KV,
+            "first_head, tile, seq",
+            "first_head, tile + 1, seq",
+            BACKWARD,
+            ("runs",),
+        ),
+        Mutation("words in another order", RN, "tl.join(one, three)", "tl.join(three, one)", problems=("dropout",)),
+        Mutation(
+            "a round too few", RN, "tl.static_range(_ROUNDS)", "tl.static_range(_ROUNDS - 1)", problems=("dropout",)
+        ),
+        Mutation("dv from all weights", KV, "tl.where(stay, weights, 0.0)", "weights", BACKWARD, ("dropout",)),
+        Mutation(
+            "dq from all gradients",
+            DQ,
+            "tl.where(stay, dweights / kept_share, 0.0)",
+            "dweights",
+            BACKWARD,
+            ("dropout",),
+        ),
+        Mutation("the others not made larger", T, "acc = acc / kept_share", "acc = acc", problems=("dropout",)),
         Mutation("sink in base 2", T, "head * sinks_head) * LOG2_E", "head * sinks_head)", problems=("sinks",)),
         Mutation(
             "gradient of the sinks with the wrong sign", TP, "-tl.sum(total", "tl.sum(total", BACKWARD, ("sinks",)
         ),
         Mutation(
             "the derivative left out of dq and dk",
-            TB,
+            KV,
             "dscores * evaluate(SLOPE, raw, at, plane_tiles)",
             "dscores",
             BACKWARD,
@@ -548,7 +587,7 @@ ATTENTION_TRITON = Suite(
     ),
 )
 
-P, PT = "attention/pallas.py", "attention/pallas_tiling.py"
+P, PT, PN = "attention/pallas.py", "attention/pallas_tiling.py", "tiles/pallas_philox.py"
 PF, PB, PP, PS, PK = (f"attention/pallas_{part}.py" for part in ("forward", "backward", "planes", "scores", "packed"))
 ATTENTION_PALLAS = Suite(
     "attention",
@@ -592,7 +631,7 @@ ATTENTION_PALLAS = Suite(
         Mutation("lse in base 2", PF, "(peak + jnp.log2(divisor)) * LN_2", "(peak + jnp.log2(divisor))"),
         Mutation("blind rows divide by 0", PF, "jnp.where(empty, 1, total)", "total", problems=("blind",)),
         Mutation("the wrong key head", PF, "lax.div(h, q_heads // kv_heads)", "lax.rem(h, kv_heads)"),
-        Mutation("delta with the wrong sign", PB, "dweights - delta_ref", "dweights + delta_ref", BACKWARD),
+        Mutation("delta with the wrong sign", PB, "(dweights - delta)", "(dweights + delta)", BACKWARD),
         Mutation("dlse forgotten", P, "delta = delta - jnp.where(lse == -jnp.inf, 0, dlse)", "pass", BACKWARD),
         Mutation("only the last head of a group", PB, "@pl.when(head == 0)", "@pl.when(head >= 0)", BACKWARD),
         Mutation("dk not scaled", PB, "(dk_acc[...] * scale)", "dk_acc[...]", BACKWARD),
@@ -663,7 +702,7 @@ ATTENTION_PALLAS = Suite(
             ("padded, sinks",),
         ),
         Mutation(
-            "the lengths of the first item", PT, "lengths[0][1, b]", "lengths[0][1, 0]", problems=("lengths", "padded")
+            "the lengths of the first item", PT, "scalars[0][1, b]", "scalars[0][1, 0]", problems=("lengths", "padded")
         ),
         Mutation(
             "the next sequence's keys", PK, "self.starts[:-1, None]", "self.starts[1:, None]", problems=("packed",)
@@ -675,7 +714,22 @@ ATTENTION_PALLAS = Suite(
             "jnp.where(True, found,",
             problems=("tightly packed",),
         ),
-        Mutation("sinks count twice", PF, "1 / SUBLANES", "2 / SUBLANES", problems=("sinks",)),
+        Mutation("runs begin a tile late", PT, "~listed[at], listed", "-listed[at], listed", problems=("runs",)),
+        Mutation("runs begin a tile late, dkv", PT, "~listed[at], listed", "-listed[at], listed", BACKWARD, ("runs",)),
+        Mutation("all weights stay", PF, "scores.changed(weights, place)", "weights", problems=("dropout",)),
+        Mutation("dropout of another head", PN, "full(counters, h", "full(counters, b", problems=("dropout",)),
+        Mutation(
+            "gradients of all",
+            PB,
+            "scores.dropped(dweights / (1",
+            "(lambda x, _: x)(dweights / (1",
+            BACKWARD,
+            ("dropout",),
+        ),
+        Mutation(
+            "dv not made larger", PB, "dv_acc[...] / (1 - scores.dropout) if", "dv_acc[...] if", BACKWARD, ("dropout",)
+        ),
+        Mutation("sinks count twice", PF, "one / SUBLANES", "2 / SUBLANES", problems=("sinks",)),
         Mutation(
             "sinks in base e", PF, "sinks[:, :, None, None] * LOG2_E", "sinks[:, :, None, None]", problems=("sinks",)
         ),
@@ -709,8 +763,17 @@ ATTENTION_PALLAS = Suite(
             BACKWARD,
             ("gentle plane",),
         ),
-        Mutation("mask not applied", PS, "if self.mask is not None:", "if False:", problems=("mask",)),
-        Mutation("mask not applied, backward", PS, "if self.mask is not None:", "if False:", BACKWARD, ("mask",)),
+        Mutation(
+            "mask not applied", PS, "if self.masks(masked) and self.mask is not None:", "if False:", problems=("mask",)
+        ),
+        Mutation(
+            "mask not applied, backward",
+            PS,
+            "if self.masks(masked) and self.mask is not None:",
+            "if False:",
+            BACKWARD,
+            ("mask",),
+        ),
         Mutation(
             "indices of queries and keys swapped",
             PS,

@@ -141,10 +141,8 @@ def matmul_problems(draw: Any, layouts: tuple[str, ...] = LAYOUTS) -> Matmul:
 
 
 def narrow(dtype: str, implementation: str, device: str) -> str:
-    """The kernel's narrow precision: Triton's interpreter computes bfloat16 wrongly, TPUs have no float16."""
-    if dtype != "narrow":
-        return dtype
-    return "bfloat16" if implementation == "pallas" or device == "cuda" else "float16"
+    """The narrow precision that all chips have."""
+    return "bfloat16" if dtype == "narrow" else dtype
 
 
 def repeated(array: np.ndarray, layout: str) -> np.ndarray:

@@ -39,6 +39,8 @@ def _is_plain(
     """Whether the call has nothing but q, k, v, a scale and causality; what nothing reads does not count."""
     return (
         not spec.return_lse
+        and not spec.dropout
+        and not spec.is_float8
         and spec.score is spec.mask is spec.window_left is spec.window_right is None
         and q_lengths is kv_lengths is cu_seqlens_q is sinks is None
     )
@@ -76,7 +78,7 @@ def _forward(framework: Framework, spec: AttentionSpec, arrays: AttentionInputs)
     """A call that has more: by the framework's op if it is nothing but masks and a bias."""
     if arrays.cu_seqlens_q is not None:
         return packed.pack(framework, arrays, *_forward(framework, spec, packed.unpack(framework, spec, arrays)))
-    if spec.return_lse or arrays.sinks is not None or not arrays.k.shape[1]:
+    if spec.return_lse or spec.dropout or spec.is_float8 or arrays.sinks is not None or not arrays.k.shape[1]:
         return dense.attend(framework, spec, arrays)
     added = None if spec.score is None else _added(spec.score)
     own = _torch_masked if framework.xp.__name__ == "torch" else _jax_masked
@@ -144,10 +146,16 @@ def _torch_framework(q: Any) -> Framework:
 
     from ..tiles.torch_functions import functions_of_torch
 
-    return Framework(torch, functions_of_torch, torch.Tensor.detach, {"device": q.device})
+    def word(x: Any) -> Any:
+        return x & 0xFFFFFFFF if isinstance(x, int) else x.to(torch.int64) & 0xFFFFFFFF
+
+    return Framework(torch, functions_of_torch, torch.Tensor.detach, {"device": q.device}, word)
 
 
 def _jax_framework() -> Framework:
     import jax
 
-    return Framework(jax.numpy, lambda: functions_of(jax.numpy), jax.lax.stop_gradient, {})
+    def word(x: Any) -> Any:
+        return jax.numpy.uint32(x) if isinstance(x, int) else x.astype(jax.numpy.uint32)
+
+    return Framework(jax.numpy, lambda: functions_of(jax.numpy), jax.lax.stop_gradient, {}, word)

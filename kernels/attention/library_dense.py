@@ -10,6 +10,7 @@ from math import inf
 from typing import Any, NamedTuple
 
 from ..tiles.expressions import INDICES, SCORE, Expression, children, evaluate, plane
+from ..tiles.philox import kept
 from .spec import AttentionInputs, AttentionSpec
 
 
@@ -21,12 +22,14 @@ class Framework(NamedTuple):
         functions: makes the table of what an expression's ops mean.
         constant: the same array, without a gradient.
         place: the arguments that put a new array where the others are.
+        word: an integer, or an array of them, as a type that holds 32 bits without a sign.
     """
 
     xp: Any
     functions: Callable[[], dict[str, Callable[..., Any]]]
     constant: Callable[[Any], Any]
     place: dict[str, Any]
+    word: Callable[[Any], Any]
 
 
 def attend(framework: Framework, spec: AttentionSpec, arrays: AttentionInputs) -> tuple[Any, Any]:
@@ -52,11 +55,19 @@ def attend(framework: Framework, spec: AttentionSpec, arrays: AttentionInputs) -
     total = xp.where(nothing, 1.0, total)
     lse = xp.where(nothing, -inf, peak + xp.log(total))
 
+    if spec.dropout:
+        seed, *places = (framework.word(x) for x in (arrays.dropout_seed, *(values[name,] for name in INDICES)))
+        stay = kept(seed, spec.dropout, tuple(places), framework.word, xp.where)  # type: ignore[arg-type]
+        weights = xp.where(stay, weights / (1 - spec.dropout), 0)
+    if spec.weight is not None:
+        weights = weights * evaluate(spec.weight, values, framework.functions())
     v = cast(keys_seen(xp, seen, arrays.v), wide)
     grouped_weights = weights.reshape(batch, kv_heads, q_heads // kv_heads, q_len, kv_len)
     out = xp.einsum("bhgij,bjhd->bihgd", grouped_weights, v).reshape(batch, q_len, q_heads, spec.v_dim)
     out = queries_seeing(xp, seen, out / xp.swapaxes(total, 1, 2)[..., None])
-    return cast(out, arrays.q.dtype), lse if spec.return_lse else None
+    if arrays.value_scales is not None:
+        out = out * arrays.value_scales[:, None, :, None]
+    return cast(out, getattr(xp, spec.out_dtype)), lse if spec.return_lse else None
 
 
 def readable(framework: Framework, spec: AttentionSpec, arrays: AttentionInputs) -> dict[Expression, Any]:

@@ -16,6 +16,8 @@ before the grid runs: one compilation serves them all. What a call leaves out le
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -25,11 +27,15 @@ from .pallas_backward import backward as backward_of_qkv
 from .pallas_forward import forward as forward_of_batch
 from .pallas_packed import packed_rows, packings, spread_inputs, spread_rows
 from .pallas_planes import gradient as gradient_of_plane
+from .pallas_tiling import Tiling
+from .sparsity import with_runs
 from .spec import INPUTS, AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU's compiler multiplies; interpreted, float16 too
+_WITH_FLOAT8 = ("v7x", "interpret")  # its predecessors multiply another kind, e4m3b11
 MAX_DIM = 576  # of a head: that of a latent cache
+_MOST_SCALARS = 1 << 17  # of a list of runs: half of the memory that a TPU has for scalars
 
 
 def supports(spec: AttentionSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -40,12 +46,39 @@ def supports(spec: AttentionSpec, target: Target, needs_grad: bool) -> tuple[str
     if spec.dtype == "float16":
         if not target.interpreted:
             reasons.append(f"dtype: got float16, which the compiler for {target.name} refuses; cast to bfloat16")
+    elif spec.is_float8:
+        if target.name not in _WITH_FLOAT8:
+            reasons.append(
+                f"dtype: got {spec.dtype}, of which {target.name} has no products, as v7x has; cast to bfloat16"
+            )
+        if needs_grad:
+            reasons.append(f"dtype: got {spec.dtype}, which has no backward; cast to bfloat16")
     elif spec.dtype not in DTYPES:
         reasons.append(f"dtype: got {spec.dtype}; it must be one of {', '.join(DTYPES)}")
     for name, size in (("head_dim", spec.head_dim), ("v_dim", spec.v_dim)):
         if size > MAX_DIM:
             reasons.append(f"{name}: got {size}; it must be at most {MAX_DIM}")
     return tuple(reasons)
+
+
+def completed(spec: AttentionSpec, config: AttentionConfig, target: Target, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with what the host can say of the mask, from the planes that are NumPy's."""
+    arrays = AttentionInputs(*inputs)
+    if spec.mask is None or _is_empty(arrays):
+        return arrays
+    bounds = spec.max_seqlen_q, spec.max_seqlen_k
+    counts = arrays.q.shape[1], arrays.k.shape[1]
+    q_size, kv_size = (
+        count if bound is None else min(count, bound) for count, bound in zip(counts, bounds, strict=True)
+    )
+    blocks = {}
+    for name, tiles in (("forward_runs", config.forward), ("dkv_runs", config.dkv)):
+        tiling = Tiling.choose(spec, tiles, target, (q_size, kv_size), False)
+        blocks[name] = tiling.block_q, tiling.block_kv
+    found = with_runs(spec, arrays, blocks)
+    lists = {name: getattr(found, name) for name in blocks}
+    too_long = [name for name, runs in lists.items() if runs is not None and len(runs) > _MOST_SCALARS]
+    return found._replace(**dict.fromkeys(too_long))
 
 
 def forward(
@@ -91,7 +124,7 @@ def _forward(
         lse = jnp.full((batch, q_heads, q_len), -jnp.inf)
         if arrays.sinks is not None:
             lse = jnp.broadcast_to(arrays.sinks[:, :, None].astype(jnp.float32), lse.shape)
-        return jnp.zeros((*arrays.q.shape[:3], arrays.v.shape[3]), arrays.q.dtype), lse
+        return jnp.zeros((*arrays.q.shape[:3], arrays.v.shape[3]), spec.out_dtype), lse
     lengths = _lengths(arrays)
     arrays = _without_padding(arrays, lengths)
     return forward_of_batch(spec, config, target, arrays, lengths)

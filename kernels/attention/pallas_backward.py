@@ -50,10 +50,12 @@ def backward(
     q, k, v = arrays[:3]
     (batch, q_len, q_heads, head_dim), (_, kv_len, kv_heads, v_dim) = q.shape, v.shape
     group = q_heads // kv_heads
-    scores = Scores.of(spec, arrays)
+    sparse = arrays.dkv_runs is not None
+    scores = Scores.of(spec, arrays, sparse)
     tiling = Tiling.choose(
-        spec, config.dkv, target, (q_len, kv_len), bool(lengths), hides_queries=scores.score is not None
+        spec, config.dkv, target, (q_len, kv_len), bool(lengths), spec.score is not None, has_runs=sparse
     )
+    scalars = tuple(array for array in (*lengths, arrays.dkv_runs, arrays.dropout_seed) if array is not None)
     block_q, block_kv, kv_padded = tiling.block_q, tiling.block_kv, round_up(kv_len, tiling.block_kv)
     # dq is summed, and then written, for a stretch of queries and as many heads of the group as VMEM holds a tile of.
     width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
@@ -68,11 +70,13 @@ def backward(
     major, stretches = stretch(q_len, block_q, operand_bytes + heads * head_bytes, room)
     q_padded = major * stretches
 
-    def q_head(b: Any, h: Any, s: Any, j: Any, g: Any, *lengths: Any) -> Any:
+    def q_head(b: Any, h: Any, s: Any, j: Any, g: Any, *scalars: Any) -> Any:
         # Keys that no query of the stretch sees repeat the last head: nothing is fetched for them.
-        begin, _, _, end = tiling.sequence(b, lengths).visible_q(j * block_kv)
+        begin, _, _, end = tiling.sequence(b, scalars).visible_q(j * block_kv)
+        if sparse:
+            begin, end = tiling.runs(b, h * heads + g, j, scalars).hull(begin, end)
         visible = begin * block_q < (s + 1) * major
-        if tiling.left is not None or lengths:
+        if tiling.left is not None or scalars:
             visible &= end * block_q > s * major
         return h * heads + jnp.where(visible, g, heads - 1)
 
@@ -88,7 +92,7 @@ def backward(
     dq, dk, dv = pl.pallas_call(
         partial(_kernel, tiling=tiling, scores=scores, slope=slope_of(spec)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(lengths),
+            num_scalar_prefetch=len(scalars),
             grid=(batch, kv_heads * splits, stretches, kv_padded // block_kv, heads),
             in_specs=[
                 per_query(head_dim),
@@ -129,7 +133,7 @@ def backward(
         name="attention_backward",
         **call_params(target, ("parallel", "parallel", "parallel", "arbitrary", "arbitrary")),
     )(
-        *lengths,
+        *scalars,
         # As columns: XLA compiles the fused change of both to rows for a minute.
         columns(q, q_padded),
         columns(dout, q_padded),
@@ -149,14 +153,22 @@ def slope_of(spec: AttentionSpec, variable: Any = SCORE) -> Any:
     return derivative(SCORE if spec.score is None else spec.score, variable)
 
 
-def weigh(scores: Scores, slope: Any, products: jax.Array, dweights: Any, lse: Any, place: Place, masked: bool) -> Any:
-    """Of a folded tile: the weights, and the gradient of what the score has the slope for; 0 where it is not seen."""
+def weigh(
+    scores: Scores, slope: Any, products: jax.Array, dweights: Any, rows: tuple[Any, Any], place: Place, masked: bool
+) -> Any:
+    """Of a folded tile: the weights, and the gradient of what the score has the slope for; 0 where it is not seen.
+
+    `rows` are lse and delta. The weights are those that stay, not yet made larger.
+    """
+    lse, delta = rows
     found, values = scores.of_tile(products, place, masked)
     weights = jnp.exp2(found - lse)
-    change = weights * dweights
+    if scores.dropout:
+        dweights = scores.dropped(dweights / (1 - scores.dropout), place)
+    change = weights * (dweights - delta)
     if slope != const(1.0):
         change = jnp.where(found > -jnp.inf, change * full(evaluate(slope, values, FUNCTIONS), change.shape), 0)
-    return weights, change
+    return scores.dropped(weights, place), change
 
 
 def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
@@ -164,7 +176,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
 
     dk and dv are complete after the last of the heads; dq stays in VMEM until the last tile of keys.
     """
-    lengths, refs = refs[: tiling.has_lengths], refs[tiling.has_lengths :]
+    scalars, refs = refs[: tiling.prefetched], refs[tiling.prefetched :]
     q_ref, dout_ref = refs[:2]  # [head_dim, major] and [v_dim, major], of one query head
     lse_ref, delta_ref = refs[2:4]  # [1, major]
     k_ref, k_columns_ref, v_ref = refs[
@@ -180,7 +192,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
     q_head = pl.program_id(1) * dq_acc.shape[0] + head
     tiles = q_ref.shape[1] // block_q
     first_tile = pl.program_id(2) * tiles
-    sequence = tiling.sequence(b, lengths)
+    sequence = tiling.sequence(b, scalars)
 
     def tile_of(number: Any) -> Any:
         return pl.ds(pl.multiple_of(number * block_q, block_q), block_q)
@@ -200,9 +212,11 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
     def weights_of(tile: Any, row: Any, size: int, masked: bool) -> tuple[jax.Array, jax.Array]:
         """The weights of some rows of a tile, and the gradients of their scores: [size, block_q]."""
         at, keys = tile_of(tile), pl.ds(row, size)
-        place = Place(b, q_head, (first_tile + tile) * block_q, key + row, at, keys, sequence, sources)
+        place = Place(
+            b, q_head, (first_tile + tile) * block_q, key + row, at, keys, sequence, sources, tiling.seed(scalars)
+        )
         products, dweights = fold(dot(k_ref[keys, :], q_ref[:, at])), fold(dot(v_ref[keys, :], dout_ref[:, at]))
-        found = weigh(scores, slope, products, dweights - delta_ref[:, at], lse_ref[:, at], place, masked)
+        found = weigh(scores, slope, products, dweights, (lse_ref[:, at], delta_ref[:, at]), place, masked)
         weights, dscores = (unfold(array).astype(q_ref.dtype) for array in found)
         return weights, dscores
 
@@ -244,22 +258,30 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
         each(part, lambda row: add_to_dq(tile, row, dscores_ref[pl.ds(row, part), :]))
 
     sources = spread(scores.planes, planes, refs[8:], part)
-    in_loops = tiling.rolled or scores.has_expressions or q_ref.shape[0] > 2 * LANES
+    in_loops = tiling.rolled or scores.has_expressions or scores.dropout > 0 or q_ref.shape[0] > 2 * LANES
     run = step_in_loops if in_loops else step
     run_masked = step_in_loops if tiling.left is not None else run
-    begin, whole_begin, whole_end, end = (jnp.clip(bound - first_tile, 0, tiles) for bound in sequence.visible_q(key))
-    if tiling.has_partial_tiles:
-        whole_begin = jnp.minimum(whole_begin, end)
-        lax.fori_loop(begin, whole_begin, partial(run_masked, masked=True), None)
-    whole_end = jnp.minimum(whole_end, end)
-    lax.fori_loop(whole_begin, whole_end, partial(run, masked=False), None)
-    if tiling.left is not None or tiling.has_partial_queries:
-        lax.fori_loop(jnp.maximum(whole_begin, whole_end), end, partial(run_masked, masked=True), None)
+
+    def walk(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
+        if tiling.has_partial_tiles or scores.sparse:
+            whole_begin = jnp.minimum(whole_begin, end)
+            lax.fori_loop(begin, whole_begin, partial(run_masked, masked=True), None)
+        whole_end = jnp.minimum(whole_end, end)
+        lax.fori_loop(whole_begin, whole_end, partial(run, masked=False), None)
+        if tiling.left is not None or tiling.has_partial_queries or scores.sparse:
+            lax.fori_loop(jnp.maximum(whole_begin, whole_end), end, partial(run_masked, masked=True), None)
+
+    bounds = sequence.visible_q(key)
+    if scores.sparse:
+        tiling.runs(b, q_head, pl.program_id(3), scalars).each(bounds, first_tile, tiles, walk)
+    else:
+        walk(*(jnp.clip(bound - first_tile, 0, tiles) for bound in bounds))
 
     @pl.when(head == pl.num_programs(4) - 1)
     def _finish_dkv() -> None:
         dk_ref[...] = (dk_acc[...] * scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)
+        summed = dv_acc[...] / (1 - scores.dropout) if scores.dropout else dv_acc[...]
+        dv_ref[...] = summed.astype(dv_ref.dtype)
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _finish_dq() -> None:

@@ -47,8 +47,10 @@ def forward(
     q, k, v, sinks = arrays.q, arrays.k, arrays.v, arrays.sinks
     batch, q_len, q_heads, head_dim = q.shape
     kv_len, kv_heads, v_dim = k.shape[1], k.shape[2], v.shape[3]
-    tiling = Tiling.choose(spec, config.forward, target, (q_len, kv_len), bool(lengths))
-    scores = Scores.of(spec, arrays)
+    sparse = arrays.forward_runs is not None
+    tiling = Tiling.choose(spec, config.forward, target, (q_len, kv_len), bool(lengths), has_runs=sparse)
+    scores = Scores.of(spec, arrays, sparse)
+    scalars = tuple(array for array in (*lengths, arrays.forward_runs, arrays.dropout_seed) if array is not None)
     block_q, block_kv, q_padded = tiling.block_q, tiling.block_kv, round_up(q_len, tiling.block_q)
     width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
     key_bytes = 2 * width * k.dtype.itemsize  # the stretch that is computed with, and the next one
@@ -57,22 +59,26 @@ def forward(
     query_bytes = 2 * width * q.dtype.itemsize + 4 * (v_dim + block_kv)
     major, stretches = stretch(kv_len, block_kv, key_bytes, stretch_room(block_q * query_bytes, target))
 
-    def kv_stretch(b: Any, i: Any, s: Any, *lengths: Any) -> Any:
+    def kv_stretch(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
         # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
-        begin, _, _, end = tiling.sequence(b, lengths).visible_kv(i * block_q)
+        begin, _, _, end = tiling.sequence(b, scalars).visible_kv(i * block_q)
+        if sparse:
+            begin, end = tiling.runs(b, h, i, scalars).hull(begin, end)
         nearest = jnp.minimum(s, lax.div((jnp.maximum(end, 1) - 1) * block_kv, major))
         return (
-            nearest if tiling.left is None else jnp.maximum(nearest, lax.div(jnp.minimum(begin, end) * block_kv, major))
+            jnp.maximum(nearest, lax.div(jnp.minimum(begin, end) * block_kv, major))
+            if sparse or tiling.left is not None
+            else nearest
         )
 
-    def k_index(b: Any, h: Any, i: Any, s: Any, *lengths: Any) -> tuple[Any, ...]:
-        return b, lax.div(h, q_heads // kv_heads), kv_stretch(b, i, s, *lengths), 0
+    def k_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
+        return b, lax.div(h, q_heads // kv_heads), kv_stretch(b, h, i, s, *scalars), 0
 
-    def v_index(b: Any, h: Any, i: Any, s: Any, *lengths: Any) -> tuple[Any, ...]:
-        return b, lax.div(h, q_heads // kv_heads), 0, kv_stretch(b, i, s, *lengths)
+    def v_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
+        return b, lax.div(h, q_heads // kv_heads), 0, kv_stretch(b, h, i, s, *scalars)
 
-    def plane_index(b: Any, h: Any, i: Any, s: Any, *lengths: Any) -> tuple[Any, ...]:
-        return b, h, kv_stretch(b, i, s, *lengths), i
+    def plane_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
+        return b, h, kv_stretch(b, h, i, s, *scalars), i
 
     def per_query(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, block_q), lambda b, h, i, s, *_: (b, h, 0, i))
@@ -86,14 +92,23 @@ def forward(
     if sinks is not None:
         operands.append(jnp.broadcast_to(sinks[:, :, None, None] * LOG2_E, (batch, q_heads, 1, block_q)))
         in_specs.append(pl.BlockSpec((None, None, 1, block_q), lambda b, h, *_: (b, h, 0, 0)))
+    if arrays.value_scales is not None:
+        operands.append(jnp.broadcast_to(arrays.value_scales[:, :, None, None], (batch, q_heads, 1, block_q)))
+        in_specs.append(pl.BlockSpec((None, None, 1, block_q), lambda b, h, *_: (b, h, 0, 0)))
     for plane in scores.planes:
         operands.append(plane.prepared(arrays.planes[plane.slot], q_padded, major * stretches, block_q))
         in_specs.append(plane.block(major, block_q, block_q, plane_index))
 
     out, lse = pl.pallas_call(
-        partial(_kernel, tiling=tiling, scores=scores, has_sinks=sinks is not None),
+        partial(
+            _kernel,
+            tiling=tiling,
+            scores=scores,
+            has_sinks=sinks is not None,
+            has_value_scales=arrays.value_scales is not None,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(lengths),
+            num_scalar_prefetch=len(scalars),
             grid=(batch, q_heads, q_padded // block_q, stretches),
             in_specs=in_specs,
             out_specs=[per_query(v_dim), per_query(1)],
@@ -106,25 +121,26 @@ def forward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, q_heads, v_dim, q_padded), q.dtype),
+            jax.ShapeDtypeStruct((batch, q_heads, v_dim, q_padded), spec.out_dtype),
             jax.ShapeDtypeStruct((batch, q_heads, 1, q_padded), jnp.float32),
         ],
         name="attention_forward",
         **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
-    )(*lengths, *operands)
+    )(*scalars, *operands)
     return out[..., :q_len].transpose(0, 3, 1, 2), lse[:, :, 0, :q_len]
 
 
-def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None:
+def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_value_scales: bool) -> None:
     """One tile of queries against a stretch of keys.
 
     The scores of the next tile are computed while the present one is exponentiated and summed: one keeps the matrix
     unit busy, the other the vector units. scores_ref passes each part on, written just after it was read. Weights go
     through memory a piece at a time, and the statistics stay there: registers hold no more than a piece.
     """
-    lengths, refs = refs[: tiling.has_lengths], refs[tiling.has_lengths :]
+    scalars, refs = refs[: tiling.prefetched], refs[tiling.prefetched :]
     q_ref, k_ref, v_ref = refs[:3]  # [head_dim, block_q], [major, head_dim], [v_dim, major]
     sinks_ref, refs = refs[3], refs[3 + has_sinks :]  # [1, block_q], base 2
+    value_scales_ref, refs = refs[0], refs[has_value_scales:]  # [1, block_q]
     planes, refs = refs[: len(scores.planes)], refs[len(scores.planes) :]
     out_ref, lse_ref = refs[:2]  # [v_dim, block_q], [1, block_q]
     # [v_dim, block_q]; [block_kv, block_q]; the same in v's dtype; the maximum, [1, block_q]; that of the written
@@ -132,17 +148,18 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
     acc, scores_ref, weights_ref, peak_ref, best_ref, total_ref = refs[2:8]
     block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
     piece, few = common_rows(_PIECE, part), scores.rows_of(tiling)
+    one = 2.0**scores.weight_exponent  # what a weight of 1 is
     wide = q_ref.shape[0] > (LANES if tiling.rolled else 2 * LANES)
     b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
     first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
-    sequence = tiling.sequence(b, lengths)
+    sequence = tiling.sequence(b, scalars)
 
     @pl.when(pl.program_id(3) == 0)
     def _start() -> None:
         acc[...] = jnp.zeros_like(acc)
         if has_sinks:  # a sink is a key whose value is 0
             peak_ref[...] = sinks_ref[...]
-            total_ref[...] = jnp.broadcast_to(jnp.where(sinks_ref[...] == -jnp.inf, 0, 1 / SUBLANES), total_ref.shape)
+            total_ref[...] = jnp.broadcast_to(jnp.where(sinks_ref[...] == -jnp.inf, 0, one / SUBLANES), total_ref.shape)
         else:
             peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
             total_ref[...] = jnp.zeros_like(total_ref)
@@ -154,7 +171,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
         """
         first = pl.multiple_of(tile * block_kv, block_kv) + row
         products = dot(k_ref[pl.ds(first, part), :], q_ref[...])
-        if not (scores.has_expressions or (masked and tiling.left is not None) or wide):
+        expressed = scores.score is not None or scores.masks(masked)
+        if not (expressed or (masked and tiling.left is not None) or wide):
             finish(row, first, fold(products), masked)
             return
         scores_ref[row : row + part, :] = products
@@ -180,15 +198,19 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
         new_peak = jnp.maximum(peak, best_ref[...].max(axis=0, keepdims=True))
         finite_peak = jnp.where(new_peak == -jnp.inf, 0, new_peak)
         shrink = jnp.exp2(peak - finite_peak)
+        finite_peak = finite_peak - scores.weight_exponent if scores.weight_exponent else finite_peak
         peak_ref[...] = new_peak
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
         total_ref[...] = total_ref[...] * shrink
         acc[...] = acc[...] * shrink
         for row in range(0, block_kv, part):
-            for start in range(row, row + part, piece):
-                weights = jnp.exp2(scores_ref[start : start + piece, :] - finite_peak)
-                total_ref[...] += fold(weights).sum(axis=0)
-                weights_ref[start : start + piece, :] = weights.astype(v_ref.dtype)
+            if scores.changes_weights:
+                lax.fori_loop(0, part // few, partial(change, tile, row, finite_peak), None)
+            else:
+                for start in range(row, row + part, piece):
+                    weights = jnp.exp2(scores_ref[start : start + piece, :] - finite_peak)
+                    total_ref[...] += fold(weights).sum(axis=0)
+                    weights_ref[start : start + piece, :] = weights.astype(v_ref.dtype)
             at = pl.ds(pl.multiple_of(tile * block_kv, block_kv) + row, part)
             for dim in range(0, v_ref.shape[0], LANES):
                 dims = slice(dim, dim + LANES)
@@ -196,26 +218,42 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
             if following:
                 score(tile + 1, row, masked)
 
+    def change(tile: Any, row: int, finite_peak: Any, number: Any, _: None) -> None:
+        """Make weights of a few scores, which count in the sum as they are, and meet v changed."""
+        at = pl.ds(pl.multiple_of(row + number * few, few), few)
+        weights = fold(jnp.exp2(scores_ref[at, :] - finite_peak))
+        total_ref[...] += weights.sum(axis=0)
+        first = pl.multiple_of(tile * block_kv + row + number * few, few)
+        key, keys = first_tile * block_kv + first, pl.ds(first, few)
+        place = Place(b, h, query, key, pl.ds(0, block_q), keys, sequence, sources, tiling.seed(scalars))
+        weights_ref[at, :] = unfold(scores.changed(weights, place)).astype(v_ref.dtype)
+
     sources = spread(scores.planes, planes, refs[8:], part)
     tiles = k_ref.shape[0] // block_kv
-    bounds = sequence.visible_kv(query)
-    begin, whole_begin, whole_end, end = (jnp.clip(bound - first_tile, 0, tiles) for bound in bounds)
 
-    @pl.when(end > begin)
-    def _walk() -> None:
+    def walk(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
+        pl.when(end > begin)(partial(walk_some, begin, whole_begin, whole_end, end))
+
+    def walk_some(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
         for row in range(0, block_kv, part):
-            score(begin, row, masked=tiling.has_partial_tiles)
+            score(begin, row, masked=tiling.has_partial_tiles or scores.sparse)
         # Each loop goes by the tile whose scores it writes, the one after the tile that it adds.
         first = begin
-        if tiling.left is not None:
+        if tiling.left is not None or scores.sparse:
             first = jnp.clip(whole_begin - 1, begin, end - 1)
             lax.fori_loop(begin, first, partial(step, following=True, masked=True), None)
         last = jnp.maximum(jnp.minimum(whole_end, end) - 1, first)
         lax.fori_loop(first, last, partial(step, following=True), None)
-        if tiling.has_partial_tiles:
+        if tiling.has_partial_tiles or scores.sparse:
             lax.fori_loop(last, end - 1, partial(step, following=True, masked=True), None)
         step(end - 1, None, following=False)
+
+    bounds = sequence.visible_kv(query)
+    if scores.sparse:
+        tiling.runs(b, h, pl.program_id(2), scalars).each(bounds, first_tile, tiles, walk)
+    else:
+        walk(*(jnp.clip(bound - first_tile, 0, tiles) for bound in bounds))
 
     @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
     def _finish() -> None:
@@ -225,8 +263,13 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool) -> None
             exist = lax.broadcasted_iota(jnp.int32, peak.shape, 1) < sequence.q_len - query
             summed = jnp.where(exist, summed, 0)
             peak = jnp.where(exist, peak, sinks_ref[...] if has_sinks else -jnp.inf)
-            total = jnp.where(exist, total, jnp.where(peak == -jnp.inf, 0.0, 1.0))
+            total = jnp.where(exist, total, jnp.where(peak == -jnp.inf, 0.0, one))
         empty = total == 0
         divisor = jnp.where(empty, 1, total)
+        if scores.dropout:
+            summed = summed / (1 - scores.dropout)
+        if has_value_scales:
+            summed = summed * value_scales_ref[...]
         out_ref[...] = (summed / divisor).astype(out_ref.dtype)
+        peak = peak - scores.weight_exponent if scores.weight_exponent else peak
         lse_ref[...] = jnp.where(empty, -jnp.inf, (peak + jnp.log2(divisor)) * LN_2)

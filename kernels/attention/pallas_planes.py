@@ -45,6 +45,7 @@ def gradient(
     scores, owner = Scores.of(spec, arrays), Plane.of(slot, array)
     tiling = Tiling.choose(spec, config.dkv, target, (q_len, kv_len), bool(lengths), hides_queries=True)
     block_q, block_kv = tiling.block_q, tiling.block_kv
+    scalars = lengths if arrays.dropout_seed is None else (*lengths, arrays.dropout_seed)
     q_padded, kv_padded = round_up(q_len, block_q), round_up(kv_len, block_kv)
     sizes = batch, q_heads, kv_padded // block_kv, q_padded // block_q
     owned = owner.batch, owner.heads, owner.keys, owner.queries
@@ -81,7 +82,7 @@ def gradient(
             owned=count,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(lengths),
+            num_scalar_prefetch=len(scalars),
             grid=tuple(sizes[axis] for axis in order),
             in_specs=[
                 per_query(head_dim),
@@ -102,7 +103,7 @@ def gradient(
         name="attention_plane_gradient",
         **call_params(target, ["parallel" if axis < count else "arbitrary" for axis in range(4)]),
     )(
-        *lengths,
+        *scalars,
         columns(q, q_padded),
         columns(dout, q_padded),
         *(pad_to(statistic[:, :, None, :], 3, q_padded) for statistic in statistics),
@@ -119,7 +120,7 @@ def gradient(
 
 def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, owner: Plane, at: Any, owned: int) -> None:
     """One tile of scores, added to what the same tile of the plane has got."""
-    lengths, refs = refs[: tiling.has_lengths], refs[tiling.has_lengths :]
+    scalars, refs = refs[: tiling.prefetched], refs[tiling.prefetched :]
     q_ref, dout_ref, lse_ref, delta_ref, k_ref, v_ref = refs[:6]
     planes, (out_ref, acc, *scratch) = refs[6 : 6 + len(scores.planes)], refs[6 + len(scores.planes) :]
     block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
@@ -131,7 +132,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, owner: Plane
         first &= pl.program_id(axis) == 0
         last &= pl.program_id(axis) == pl.num_programs(axis) - 1
     query, key = i * block_q, j * block_kv
-    sequence = tiling.sequence(b, lengths)
+    sequence = tiling.sequence(b, scalars)
     begin, _, _, end = sequence.visible_kv(query)
 
     @pl.when(first)
@@ -145,10 +146,10 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, owner: Plane
         def add(number: Any, _: None) -> None:
             row = pl.multiple_of(number * few, few)
             keys = pl.ds(row, few)
-            place = Place(b, h, query, key + row, pl.ds(0, block_q), keys, sequence, sources)
+            place = Place(b, h, query, key + row, pl.ds(0, block_q), keys, sequence, sources, tiling.seed(scalars))
             products, dweights = fold(dot(k_ref[keys, :], q_ref[...])), fold(dot(v_ref[keys, :], dout_ref[...]))
             masked = tiling.has_partial_tiles
-            _, change = weigh(scores, slope, products, dweights - delta_ref[...], lse_ref[...], place, masked)
+            _, change = weigh(scores, slope, products, dweights, (lse_ref[...], delta_ref[...]), place, masked)
             acc[keys, :] += unfold(change)
 
         lax.fori_loop(0, block_kv // few, add, None)

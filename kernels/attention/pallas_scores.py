@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.expressions import INDICES, SCORE, Expression, children, evaluate, functions_of, plane
 from ..tiles.expressions import planes as slots_of
+from ..tiles.pallas_philox import kept
 from ..tiles.pallas_tiles import LANES, LOG2_E, SUBLANES, common_rows, fold, pad_to
 from .pallas_tiling import Sequence, Tiling
 from .spec import AttentionInputs, AttentionSpec
@@ -107,6 +108,7 @@ class Place:
         queries, keys: the slices (`pl.ds`) of the planes' blocks.
         sequence: the batch item's lengths and window.
         planes: the references to the planes' blocks.
+        seed: the reference to that of the dropout.
     """
 
     b: Any
@@ -117,33 +119,58 @@ class Place:
     keys: Any
     sequence: Sequence
     planes: tuple[Any, ...]
+    seed: Any = None
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What becomes of products q·k: their scale, and the two expressions with the planes that they read."""
+    """What becomes of products q·k: their scale, and the two expressions with the planes that they read.
+
+    sparse: whether the tiles that need no mask are known; else the mask is computed in all.
+    """
 
     scale: float
     score: Expression | None
     mask: Expression | None
     planes: tuple[Plane, ...]
+    sparse: bool
+    dropout: float
+    weight: Expression | None
+    weight_exponent: int
 
     @staticmethod
-    def of(spec: AttentionSpec, arrays: AttentionInputs) -> Scores:
-        slots = sorted({*slots_of(spec.score), *slots_of(spec.mask)})
+    def of(spec: AttentionSpec, arrays: AttentionInputs, sparse: bool = False) -> Scores:
+        slots = sorted({*slots_of(spec.score), *slots_of(spec.mask), *slots_of(spec.weight)})
         planes = tuple(Plane.of(slot, arrays.planes[slot]) for slot in slots)
-        return Scores(spec.softmax_scale, spec.score, spec.mask, planes)
+        return Scores(
+            spec.softmax_scale, spec.score, spec.mask, planes, sparse, spec.dropout, spec.weight, spec.weight_exponent
+        )
 
     @property
     def has_expressions(self) -> bool:
         return self.score is not None or self.mask is not None
+
+    def masks(self, masked: bool) -> bool:
+        """Whether the mask is computed in a tile that is seen in part, or in one that may be seen whole."""
+        return self.mask is not None and (masked or not self.sparse)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether weights are dropped, or multiplied by something, before the product with v."""
+        return self.dropout > 0 or self.weight is not None
+
+    def changed(self, weights: jax.Array, place: Place) -> jax.Array:
+        """The weights of a folded tile as they meet v."""
+        if self.weight is not None:
+            weights = weights * full(evaluate(self.weight, self.values(weights, place), FUNCTIONS), weights.shape)
+        return self.dropped(weights, place)
 
     def rows_of(self, tiling: Tiling) -> int:
         """Rows of keys at a time, so few that all that the expressions compute of them stays in registers."""
         registers, several = (32 if tiling.rolled else 64), 3
         operations = sum(_operations(part) for part in (self.score, self.mask) if part is not None)
         rows = registers * LANES // max(tiling.block_q, LANES) // (2 if operations > several else 1)
-        packed = any(plane.whole and plane.itemsize == 1 for plane in self.planes)
+        packed = self.dropout > 0 or any(plane.whole and plane.itemsize == 1 for plane in self.planes)
         return common_rows(max(rows, 32 if packed else SUBLANES), tiling.part)
 
     def values(self, products: jax.Array, place: Place) -> dict[Expression, Any]:
@@ -165,19 +192,27 @@ class Scores:
     def of_tile(self, products: jax.Array, place: Place, masked: bool) -> tuple[jax.Array, dict[Expression, Any]]:
         """The scores in base 2, -inf where they are not seen, and what the expressions were given.
 
-        masked: whether the tile's edges need the mask of the window and the lengths.
+        masked: whether the tile is seen in part, and else whole.
         """
-        values = self.values(products, place) if self.has_expressions else {}
+        expressed = self.score is not None or self.masks(masked)
+        values = self.values(products, place) if expressed else {}
         if self.score is None:
             scores = products * (self.scale * LOG2_E)
         else:
             scores = full(evaluate(self.score, values, FUNCTIONS), products.shape) * LOG2_E
-        if masked:
+        if masked and place.sequence.tiling.has_partial_tiles:
             seen = place.sequence.mask(place.query, place.key, products.shape[0] * SUBLANES)
             scores = jnp.where(seen, scores, -jnp.inf)
-        if self.mask is not None:
+        if self.masks(masked) and self.mask is not None:
             scores = jnp.where(full(truth(evaluate(self.mask, values, FUNCTIONS)), products.shape), scores, -jnp.inf)
         return scores, values
+
+    def dropped(self, weights: jax.Array, place: Place) -> jax.Array:
+        """Weights, or their gradients, of a folded tile, with 0 for those that are dropped."""
+        if not self.dropout:
+            return weights
+        at = place.b, place.h, place.query, place.key
+        return jnp.where(kept(place.seed, self.dropout, at, weights.shape), weights, 0)
 
 
 def spread(planes: tuple[Plane, ...], refs: tuple[Any, ...], scratch: tuple[Any, ...], rows: int) -> tuple[Any, ...]:

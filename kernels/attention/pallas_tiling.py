@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 
 from ..tiles.pallas_tiles import SUBLANES, few_registers, fit_block
 from ..tiles.targets import Target
+from .sparsity import HEADER
 from .spec import AttentionSpec
 from .tiles import AttentionTiles
 
@@ -26,6 +27,8 @@ class Tiling:
         has_lengths: whether each batch item has its own lengths.
         hides_queries: whether the mask covers what lies past the last query, where an expression may give anything.
         rolled: whether a chip has so few registers that only loops keep the compiler from spilling them.
+        has_runs: whether a list says which tiles the mask shows (`sparsity.py`).
+        drops: whether weights are dropped.
     """
 
     q_size: int
@@ -38,6 +41,8 @@ class Tiling:
     has_lengths: bool
     hides_queries: bool
     rolled: bool
+    has_runs: bool
+    drops: bool
 
     @staticmethod
     def choose(
@@ -47,12 +52,16 @@ class Tiling:
         sizes: tuple[int, int],
         has_lengths: bool,
         hides_queries: bool = False,
+        has_runs: bool = False,
     ) -> Tiling:
         block_q = fit_block("config.block_q", tiles.block_q, sizes[0], target)
         block_kv = fit_block("config.block_kv", tiles.block_kv, sizes[1], target)
         part = gcd(target.matrix_unit or 2 * SUBLANES, block_kv)
         window = _within(spec.left, sizes), _within(spec.right, sizes)
-        return Tiling(*sizes, block_q, block_kv, part, *window, has_lengths, hides_queries, few_registers(target))
+        rolled = few_registers(target)
+        return Tiling(
+            *sizes, block_q, block_kv, part, *window, has_lengths, hides_queries, rolled, has_runs, spec.dropout > 0
+        )
 
     @property
     def ends_with_window(self) -> bool:
@@ -69,11 +78,60 @@ class Tiling:
     def has_partial_queries(self) -> bool:
         return self.hides_queries and (self.has_lengths or self.q_size % self.block_q != 0)
 
-    def sequence(self, b: Any, lengths: tuple[Any, ...]) -> Sequence:
-        """Batch item b; lengths is (the reference to int32 [2, batch],), or () without lengths."""
+    @property
+    def prefetched(self) -> int:
+        """How many arrays of scalars are fetched before the grid runs: lengths, a list of runs, a seed."""
+        return self.has_lengths + self.has_runs + self.drops
+
+    def seed(self, scalars: tuple[Any, ...]) -> Any:
+        """The reference to the seed, None where nothing is dropped."""
+        return scalars[self.has_lengths + self.has_runs] if self.drops else None
+
+    def sequence(self, b: Any, scalars: tuple[Any, ...]) -> Sequence:
+        """Batch item b; scalars are the references to what is prefetched, or more."""
         if not self.has_lengths:
             return Sequence(self, self.q_size, self.kv_size)
-        return Sequence(self, lengths[0][0, b], lengths[0][1, b])
+        return Sequence(self, scalars[0][0, b], scalars[0][1, b])
+
+    def runs(self, b: Any, h: Any, tile: Any, scalars: tuple[Any, ...]) -> RunsOfTile:
+        """What the mask shows to a tile of queries, or of keys, whichever the list's rows are."""
+        listed = scalars[self.has_lengths]
+        row = HEADER + b * listed[0] + h * listed[1] + tile
+        return RunsOfTile(listed, listed[row], listed[row + 1])
+
+
+class RunsOfTile(NamedTuple):
+    """The runs of one tile: where they stand in the list."""
+
+    listed: Any
+    start: Any
+    stop: Any
+
+    def hull(self, begin: Any, end: Any) -> tuple[Any, Any]:
+        """The tiles from the first that is seen to the last, of those between two bounds."""
+        first = jnp.maximum(begin, _first_of(self.listed, self.start))
+        last = jnp.minimum(end, self.listed[self.stop - 1])
+        return first, jnp.where(self.stop > self.start, last, first)
+
+    def each(self, bounds: tuple[Any, ...], offset: Any, tiles: int, walk: Any) -> None:
+        """Walk each run: (begin, whole_begin, whole_end, end) of the window cut to it, counted from a tile `offset` and
+        within so many tiles."""
+        begin, whole_begin, whole_end, end = bounds
+
+        def one(number: Any, _: None) -> None:
+            at = self.start + 2 * number
+            whole = self.listed[at] < 0
+            first = jnp.clip(jnp.maximum(begin, _first_of(self.listed, at)) - offset, 0, tiles)
+            last = jnp.clip(jnp.minimum(end, self.listed[at + 1]) - offset, first, tiles)
+            whole_first = jnp.where(whole, jnp.clip(whole_begin - offset, first, last), last)
+            walk(first, whole_first, jnp.clip(whole_end - offset, whole_first, last), last)
+
+        lax.fori_loop(0, lax.div(self.stop - self.start, 2), one, None)
+
+
+def _first_of(listed: Any, at: Any) -> Any:
+    """A run's first tile, which is inverted where the run is seen whole."""
+    return jnp.where(listed[at] < 0, ~listed[at], listed[at])
 
 
 @dataclass(frozen=True)

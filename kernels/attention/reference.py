@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from ..tiles.expressions import INDICES, SCORE, Expression, derivative, evaluate, functions_of, plane
+from ..tiles.philox import kept
 from .spec import INPUTS, AttentionInputs, AttentionSpec, differentiable
 
 _FUNCTIONS = functions_of(np)
@@ -28,7 +30,7 @@ def forward(spec: AttentionSpec, *inputs: Any) -> tuple[np.ndarray, np.ndarray]:
         lse = np.full((1, arrays.q.shape[2], arrays.q.shape[1]), -np.inf, dtype)
         for number, (queries, _, sequence) in enumerate(_sequences(arrays)):
             out[:, queries], lse[:, :, queries] = _forward(spec, sequence, number)
-    return out.astype(arrays.q.dtype), lse
+    return out.astype(_dtype_of(spec, arrays.q)), lse
 
 
 def backward(
@@ -75,7 +77,7 @@ def visible(spec: AttentionSpec, q_len: Any, kv_len: Any, shape: tuple[int, int]
 
 def _forward(spec: AttentionSpec, arrays: AttentionInputs, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """out and lse of one batch, whose first item has that index."""
-    scores, _ = _scores(spec, arrays, first)
+    scores, places = _scores(spec, arrays, first)
     sinks = None if arrays.sinks is None else arrays.sinks.astype(scores.dtype)[:, :, None, None]
     peak = scores.max(axis=-1, initial=-np.inf, keepdims=True)
     if sinks is not None:
@@ -88,7 +90,11 @@ def _forward(spec: AttentionSpec, arrays: AttentionInputs, first: int = 0) -> tu
     with np.errstate(divide="ignore"):
         lse = (peak + np.log(total))[..., 0]
     values = _heads(_without_unseen(arrays.v, scores), arrays.q.shape[2])
-    return np.einsum("bhij,bjhd->bihd", weights / np.where(total == 0, 1, total), values), lse
+    weights = _dropped(spec, arrays, places, weights)
+    if spec.weight is not None:
+        weights = weights * evaluate(spec.weight, places, _FUNCTIONS)
+    out = np.einsum("bhij,bjhd->bihd", weights / np.where(total == 0, 1, total), values)
+    return (out if arrays.value_scales is None else out * arrays.value_scales[:, None, :, None]), lse
 
 
 def _backward(
@@ -106,7 +112,8 @@ def _backward(
     delta = np.einsum("bihd,bihd->bhi", dout, out)
     if dlse is not None:
         delta = delta - np.where(np.isneginf(lse), 0, dlse)
-    dscores = weights * (np.einsum("bihd,bjhd->bhij", dout, v) - delta[..., None])
+    dweights = _dropped(spec, arrays, values, np.einsum("bihd,bjhd->bhij", dout, v))
+    dscores = weights * (dweights - delta[..., None])
 
     found: dict[str, np.ndarray] = {}
     if arrays.sinks is not None:
@@ -121,7 +128,9 @@ def _backward(
     dscores = dscores * spec.softmax_scale
     found["q"] = np.einsum("bhij,bjhd->bihd", dscores, k)
     found["k"] = _sum_groups(np.einsum("bhij,bihd->bjhd", dscores, q), arrays.k.shape[2])
-    found["v"] = _sum_groups(np.einsum("bhij,bihd->bjhd", weights, dout), arrays.v.shape[2])
+    found["v"] = _sum_groups(
+        np.einsum("bhij,bihd->bjhd", _dropped(spec, arrays, values, weights), dout), arrays.v.shape[2]
+    )
     return found
 
 
@@ -146,12 +155,31 @@ def _scores(spec: AttentionSpec, arrays: AttentionInputs, first: int) -> tuple[n
     return np.where(seen, scores, -np.inf).astype(dtype, copy=False), values
 
 
+def _dropped(
+    spec: AttentionSpec, arrays: AttentionInputs, places: dict[Expression, Any], weights: np.ndarray
+) -> np.ndarray:
+    """The weights, or their gradients, with some dropped and the others made larger."""
+    if not spec.dropout:
+        return weights
+    seed = np.asarray(arrays.dropout_seed).view(np.uint32).astype(np.int64)
+    b, h, i, j = (places[name,].astype(np.int64) for name in INDICES)
+    stay = kept(seed, spec.dropout, (b, h, i, j), int, np.where)
+    return np.where(stay, weights / (1 - spec.dropout), 0)
+
+
 def _through(
     score: Expression, variable: Expression, values: dict[Expression, Any], seen: np.ndarray, dscores: np.ndarray
 ) -> np.ndarray:
     """The gradient of what a score expression reads, from that of the score: 0 where nothing is seen."""
     with np.errstate(all="ignore"):  # of what is not seen
         return np.where(seen, dscores * evaluate(derivative(score, variable), values, _FUNCTIONS), 0)
+
+
+def _dtype_of(spec: AttentionSpec, q: np.ndarray) -> Any:
+    """That of the result: NumPy has bfloat16 from ml_dtypes."""
+    if spec.result_dtype is None:
+        return q.dtype
+    return ml_dtypes.bfloat16 if spec.result_dtype == "bfloat16" else np.dtype(spec.result_dtype)
 
 
 def _computed_in(q: np.ndarray) -> Any:

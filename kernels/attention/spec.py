@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ..tiles.expressions import Expression
 
 MAX_PLANES = 6
+FLOAT8 = "float8_e4m3fn"
 FACTS = ("dtype", "head_dim", "v_dim")
 
 
@@ -25,7 +26,8 @@ class AttentionSpec:
     """Facts of the arrays that a kernel is built for, then the options of the call.
 
     Attributes:
-        dtype: of q, k, v and the result: "float32", "float16" or "bfloat16" (NumPy also "float64").
+        dtype: of q, k, v and the result: "float32", "float16" or "bfloat16" (NumPy also "float64"); of q, k and v alone
+            "float8_e4m3fn", which has no backward.
         head_dim: the last dimension of q and k.
         v_dim: the last dimension of v and the result.
         causal: query i sees key j where `j <= i'`, `i' = i + kv_len - q_len`.
@@ -36,6 +38,9 @@ class AttentionSpec:
         mask: a key is seen where this is true as well; None hides nothing.
         max_seqlen_q: of packed sequences, a bound on their numbers of queries; None where nothing is packed.
         max_seqlen_k: and of their keys.
+        dropout: the share of the weights that is dropped; those that stay are divided by `1 - dropout`.
+        weight: by what a weight is multiplied before the product with v, from 0 to 1; None leaves it.
+        result_dtype: of the result, where that is not dtype.
         plane_gradients: the slots of the planes that want a gradient.
         return_lse: whether the caller wants the logsumexp (kernels compute it in any case).
     """
@@ -53,10 +58,28 @@ class AttentionSpec:
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
     plane_gradients: tuple[int, ...] = ()
+    dropout: float = 0.0
+    weight: Expression | None = None
+    result_dtype: str | None = None
 
     @property
     def softmax_scale(self) -> float:
         return 1.0 / sqrt(self.head_dim) if self.scale is None else self.scale
+
+    @property
+    def out_dtype(self) -> str:
+        """The dtype of the result."""
+        return self.result_dtype or self.dtype
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether q, k and v have 8 bits; then weights are rounded to as few, in the upper half of their range."""
+        return self.dtype == FLOAT8
+
+    @property
+    def weight_exponent(self) -> int:
+        """Weights are computed as `2 ** weight_exponent` times what they are: float8_e4m3fn has 1/512 to 448."""
+        return 8 if self.is_float8 else 0
 
     @property
     def left(self) -> int | None:
@@ -79,6 +102,9 @@ class AttentionInputs(NamedTuple):
         q_lengths, kv_lengths: int32 `[batch]`, how many queries and keys of each batch item there are.
         cu_seqlens_q, cu_seqlens_k: int32 `[sequences + 1]`; then q, k and v hold one batch item, the packed sequences.
         sinks: float32 `[batch, q_heads]`, logits that join the softmax's denominator.
+        value_scales: float32 `[batch, q_heads]`, by which the result is multiplied.
+        dropout_seed: int32 `[2]`, the low and the high word, where weights are dropped.
+        forward_runs, dkv_runs, dq_runs: int32, which tiles each kernel visits (`sparsity.py`).
         plane0: and the others: `[batch, q_heads, q_len, kv_len]`, each 1 where the plane does not vary; of packed
             sequences `[sequences, q_heads, max_seqlen_q, max_seqlen_k]`.
     """
@@ -91,6 +117,11 @@ class AttentionInputs(NamedTuple):
     cu_seqlens_q: Any = None
     cu_seqlens_k: Any = None
     sinks: Any = None
+    value_scales: Any = None
+    dropout_seed: Any = None
+    forward_runs: Any = None
+    dkv_runs: Any = None
+    dq_runs: Any = None
     plane0: Any = None
     plane1: Any = None
     plane2: Any = None
@@ -106,11 +137,16 @@ class AttentionInputs(NamedTuple):
 INPUTS = AttentionInputs._fields
 OUTPUTS = ("out", "lse")
 OPTIONAL = INPUTS[3:]
-WITHOUT_BATCH = ("cu_seqlens_q", "cu_seqlens_k")  # every other input leads with the batch
+KNOWN_TO_HOST = INPUTS[-MAX_PLANES:]  # may be NumPy's, or in the host's memory: then kernels skip what the mask hides
+# Every other input leads with the batch.
+WITHOUT_BATCH = ("cu_seqlens_q", "cu_seqlens_k", "dropout_seed", "forward_runs", "dkv_runs", "dq_runs")
+SHARED = ("dropout_seed",)  # one for all, under vmap too
 
 
 def differentiable(spec: AttentionSpec) -> tuple[str, ...]:
     """The inputs that have a gradient, where they are there."""
+    if spec.is_float8:
+        return ()
     return ("q", "k", "v", "sinks", *(f"plane{slot}" for slot in spec.plane_gradients))
 
 
@@ -128,4 +164,4 @@ def output_shapes(spec: AttentionSpec, q: Any, k: Any, v: Any, *others: Any) -> 
     """(shape, dtype) of out and lse."""
     batch, q_len, q_heads, _ = q.shape
     lse_dtype = "float64" if spec.dtype == "float64" else "float32"
-    return ((batch, q_len, q_heads, v.shape[-1]), spec.dtype), ((batch, q_heads, q_len), lse_dtype)
+    return ((batch, q_len, q_heads, v.shape[-1]), spec.out_dtype), ((batch, q_heads, q_len), lse_dtype)

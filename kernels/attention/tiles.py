@@ -95,7 +95,8 @@ _GPU_TILES = {
 }
 
 
-# The same where expressions, planes, a window's left edge or packed sequences need registers too.
+# The same where expressions, planes, dropout, a window's left edge or packed sequences need registers too. On AMD a
+# mask takes a pair of scalar registers for every score of a thread, and there are 106: narrow tiles have few.
 _GPU_TILES_OF_SCORES = {
     "sm_80": {
         64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
@@ -110,12 +111,14 @@ _GPU_TILES_OF_SCORES = {
         128: ((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
     },
     "gfx942": {
-        64: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
-        128: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
+        64: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 4, 1)),
+        128: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 32, 8, 1)),
+        256: ((64, 16, 8, 1), (16, 32, 4, 1), (64, 16, 4, 1)),
     },
     "gfx950": {
-        64: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
-        128: ((128, 32, 4, 2), (16, 64, 4, 2), (64, 32, 4, 1)),
+        64: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 4, 1)),
+        128: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 32, 8, 1)),
+        256: ((64, 16, 8, 1), (16, 32, 4, 2), (64, 16, 4, 1)),
     },
 }
 
@@ -125,7 +128,7 @@ def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     table = _GPU_TILES[name]
     width = max(spec.head_dim, spec.v_dim)
     bucket = min(size for size in table if width <= size)
-    if any(given is not None for given in (spec.score, spec.mask, spec.left, spec.max_seqlen_q)):
+    if spec.dropout or any(given is not None for given in (spec.score, spec.mask, spec.left, spec.max_seqlen_q)):
         table = {**table, **_GPU_TILES_OF_SCORES.get(name, {})}
     return AttentionConfig(*(AttentionTiles(*tiles) for tiles in table[bucket]))
 
@@ -136,8 +139,11 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     Expressions and windows are computed in loops within a tile, so that a large one would only be more code. One kernel
     computes the gradients of queries, keys and values, with the tiles of dk and dv, as the planes' kernels do.
     """
-    width, expressions = max(spec.head_dim, spec.v_dim), spec.score is not None or spec.mask is not None
-    if width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
+    width = max(spec.head_dim, spec.v_dim)
+    expressions = spec.score is not None or spec.mask is not None or spec.dropout > 0
+    if spec.dtype == "float32":  # six passes a product: the smallest tiles spill least, though not nothing
+        forward, backward = (128, 128), (128, 128)
+    elif width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
     elif width > 128:
         forward, backward = (128, 512), (128, 512)

@@ -14,13 +14,15 @@ Scores are exponentiated in base 2: `exp(scale * s) == exp2(scale * log2(e) * s)
 from __future__ import annotations
 
 from math import e, log2
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.targets import Target
-from ..tiles.triton_expressions import evaluate, indices, load_planes, truth
+from ..tiles.triton_expressions import constant, evaluate, indices, load_planes, truth
+from ..tiles.triton_philox import kept
 from ..tiles.triton_tiles import (
     LN_2,
     LOG2_E,
@@ -31,12 +33,15 @@ from ..tiles.triton_tiles import (
     online_softmax,
     padded,
     rows_exist,
+    runs_of,
     sequence_of,
     store_tile,
     tile_head_batch,
     visible,
+    within_run,
 )
-from .spec import INPUTS, AttentionInputs, AttentionSpec
+from .sparsity import differs_by_head, with_runs
+from .spec import FLOAT8, INPUTS, AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 from .triton_backward import backward
 from .triton_common import (
@@ -51,9 +56,10 @@ from .triton_common import (
     strides_of,
 )
 
-__all__ = ["backward", "forward", "supports"]
+__all__ = ["backward", "completed", "forward", "supports"]
 
-_DTYPES = ("float16", "bfloat16", "float32")
+_DTYPES = ("float16", "bfloat16", "float32", FLOAT8)
+_WITH_FLOAT8 = ("sm_90", "sm_100", "gfx950", "interpret")
 _MAX_HEAD_DIM = 576, 256  # in 16 and in 32 bits
 
 
@@ -67,10 +73,14 @@ def supports(spec: AttentionSpec, target: Target, needs_grad: bool) -> tuple[str
             f"The Triton kernels compute in {', '.join(_DTYPES)}, and the arrays are {spec.dtype}; "
             "cast them, or use implementation='library'."
         )
-    if spec.dtype == "bfloat16" and target.interpreted:
+    if spec.is_float8 and target.name not in _WITH_FLOAT8:
         reasons.append(
-            "Triton 3.9's interpreter computes bfloat16 wrongly; use float16 or float32 here, or run on a GPU."
+            f"{target.name} has no products of {FLOAT8}"
+            + (" (its own float8 is e4m3fnuz)" if target.name == "gfx942" else "")
+            + f"; {', '.join(_WITH_FLOAT8[:-1])} have: multiply by the scales and cast to bfloat16."
         )
+    if spec.is_float8 and needs_grad:
+        reasons.append(f"{FLOAT8} has no backward; cast q, k and v to bfloat16, or wrap the call in no_grad.")
     limit = _MAX_HEAD_DIM[spec.dtype == "float32" and not target.interpreted]
     for name, size in (("head_dim", spec.head_dim), ("v_dim", spec.v_dim)):
         if not 1 <= size <= limit:
@@ -83,18 +93,20 @@ def supports(spec: AttentionSpec, target: Target, needs_grad: bool) -> tuple[str
 
 @triton.jit
 def _attend(
-    acc, total, peak, q_tile, q_rest, keys, values, planes, plane_strides, place, score_scale, log2_scale,
-    start, end, q_len, kv_len,
+    acc, total, peak, given, planes, plane_strides, place, scales, start, end, q_len, kv_len,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
+    WEIGHT: tl.constexpr, EXPONENT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
 ):  # fmt: skip
     """Let a tile of queries attend to the keys in [start, end). `place` is (sequence, head, first row)."""
     FIRST: tl.constexpr = head_columns(HEAD_DIM)
     SOME_HIDDEN: tl.constexpr = MASKED or MASK is not None or SCORE is not None
     LEAN: tl.constexpr = LEFT is not None or MASK is not None or SCORE is not None
+    q_tile, q_rest, keys, values, seed = given
     k, k_row, k_column = keys
     v, v_row, v_column = values
+    score_scale, log2_scale = scales
     if start < end:
         for first in tl.range(start, end, BLOCK_KV, num_stages=1 if MASKED and LEAN else None, disable_licm=LEAN):
             k_tile = load_tile(k, first, kv_len, k_row, k_column, BLOCK_KV, FIRST, MASKED, WIDE)
@@ -117,25 +129,60 @@ def _attend(
                 scores = tl.where(truth(evaluate(MASK, raw, at, tiles)), scores, float("-inf"))
             if MASKED:
                 scores = tl.where(visible(at[2], at[3], q_len, kv_len, LEFT, RIGHT), scores, float("-inf"))
-            weights, rescale, peak, total = online_softmax(scores, peak, total, log2_scale, SOME_HIDDEN)
+            weights, rescale, peak, total = online_softmax(scores, peak, total, log2_scale, SOME_HIDDEN, EXPONENT)
+            if WEIGHT is not None:
+                weights = weights * evaluate(WEIGHT, raw, at, tiles)
+            if DROPOUT is not None:
+                weights = tl.where(kept(seed, here, DROPOUT, BLOCK_Q, BLOCK_KV, False), weights, 0.0)
             v_tile = load_tile(v, first, kv_len, v_row, v_column, BLOCK_KV, V_DIM, MASKED, WIDE)
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
     return acc, total, peak
 
 
+@triton.jit
+def _walk(
+    acc, total, peak, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, RUNS: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
+    WEIGHT: tl.constexpr, EXPONENT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+):  # fmt: skip
+    """Attend to the keys of all ranges: (start, full_start, full_end, end), as `kv_ranges` gives them."""
+    start, full_start, full_end, end = ranges
+    FULL_MASK: tl.constexpr = None if RUNS else MASK
+    if LEFT is not None or RUNS:
+        acc, total, peak = _attend(
+            acc, total, peak, given, planes, plane_strides, place, scales, start, full_start, q_len, kv_len,
+            HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, given, planes, plane_strides, place, scales, full_start, full_end, q_len, kv_len,
+        HEAD_DIM, V_DIM, LEFT, RIGHT, False, SCORE, FULL_MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+    )  # fmt: skip
+    acc, total, peak = _attend(
+        acc, total, peak, given, planes, plane_strides, place, scales, full_end, end, q_len, kv_len,
+        HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+    )  # fmt: skip
+    return acc, total, peak
+
+
 @triton.jit(do_not_specialize=["q_size", "kv_size", "sequences"])
 def _forward_kernel(
-    q, k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sinks,
+    q, k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sinks, value_scales, seed, runs,
     plane0, plane1, plane2, plane3, plane4, plane5, out, lse,
     q_batch, q_row, q_head, q_column, k_batch, k_row, k_head, k_column, v_batch, v_row, v_head, v_column,
     sinks_batch, sinks_head,
     plane0_batch, plane0_head, plane0_row, plane0_column, plane1_batch, plane1_head, plane1_row, plane1_column,
     plane2_batch, plane2_head, plane2_row, plane2_column, plane3_batch, plane3_head, plane3_row, plane3_column,
     plane4_batch, plane4_head, plane4_row, plane4_column, plane5_batch, plane5_head, plane5_row, plane5_column,
-    score_scale, log2_scale, q_size, kv_size, q_heads, sequences,
+    score_scale, log2_scale, kept_share, q_size, kv_size, q_heads, sequences,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, NEGATE: tl.constexpr,
+    RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr,
+    DROPOUT: tl.constexpr, WEIGHT: tl.constexpr, EXPONENT: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_Q queries of one head."""
@@ -169,41 +216,39 @@ def _forward_kernel(
             q + FIRST * q_column, first_row, q_len, q_row, q_column, BLOCK_Q, HEAD_DIM - FIRST, True, WIDE
         )
     if NEGATE:  # for a negative scale: the peak of the scaled scores is the scaled peak only for a positive one
-        q_tile = -q_tile
-        q_rest = -q_rest
+        q_tile = (-q_tile.to(tl.float32)).to(q_tile.dtype)
+        q_rest = (-q_rest.to(tl.float32)).to(q_rest.dtype)
     acc = tl.zeros([BLOCK_Q, padded(V_DIM)], tl.float32)
     first_total = 0.0
     first_peak = float("-inf")
     if SINKS:
+        ONE: tl.constexpr = 2.0**EXPONENT
         first_peak = tl.load(sinks + batch * sinks_batch + head * sinks_head) * LOG2_E
         if PACKED:
             first_peak = tl.where(item < sequences, first_peak, float("-inf"))
-        first_total = tl.where(first_peak == float("-inf"), 0.0, 1.0)
+        first_total = tl.where(first_peak == float("-inf"), 0.0, ONE)
     total = tl.full([BLOCK_Q], first_total, tl.float32)
     peak = tl.full([BLOCK_Q], first_peak, tl.float32)
 
+    given = (q_tile, q_rest, (k, k_row, k_column), (v, v_row, v_column), seed)
     place = (item, head, first_row)
-    keys = (k, k_row, k_column)
-    values = (v, v_row, v_column)
-    start, full_start, full_end, end = kv_ranges(
-        first_row, q_len, kv_len, LEFT, RIGHT, Q_LENGTHS or PACKED, BLOCK_Q, BLOCK_KV
-    )
-    if LEFT is not None:
-        acc, total, peak = _attend(
-            acc, total, peak, q_tile, q_rest, keys, values, planes, plane_strides, place, score_scale, log2_scale,
-            start, full_start, q_len, kv_len, HEAD_DIM, V_DIM, LEFT, RIGHT, True,
-            SCORE, MASK, SLOTS, BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+    scales = (score_scale, log2_scale)
+    ranges = kv_ranges(first_row, q_len, kv_len, LEFT, RIGHT, Q_LENGTHS or PACKED, BLOCK_Q, BLOCK_KV)
+    if RUNS:
+        first_run, end_run = runs_of(runs, item, head, tile, sequences, PACKED)
+        for run in tl.range(first_run, end_run, 2, num_stages=1):
+            acc, total, peak = _walk(
+                acc, total, peak, given, planes, plane_strides, place, scales,
+                within_run(runs, run, ranges[0], ranges[1], ranges[2], ranges[3], BLOCK_KV), q_len, kv_len,
+                HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
+                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            )  # fmt: skip
+    else:
+        acc, total, peak = _walk(
+            acc, total, peak, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
+            HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
         )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q_tile, q_rest, keys, values, planes, plane_strides, place, score_scale, log2_scale,
-        full_start, full_end, q_len, kv_len, HEAD_DIM, V_DIM, LEFT, RIGHT, False,
-        SCORE, MASK, SLOTS, BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
-    )  # fmt: skip
-    acc, total, peak = _attend(
-        acc, total, peak, q_tile, q_rest, keys, values, planes, plane_strides, place, score_scale, log2_scale,
-        full_end, end, q_len, kv_len, HEAD_DIM, V_DIM, LEFT, RIGHT, True,
-        SCORE, MASK, SLOTS, BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
-    )  # fmt: skip
 
     if Q_LENGTHS:  # a query past the length sees no key
         exist = rows_exist(first_row, q_len, BLOCK_Q)
@@ -212,6 +257,10 @@ def _forward_kernel(
         peak = tl.where(exist, peak, first_peak)
     # A row that saw no key has total 0 and peak -inf: its output is 0, its lse -inf.
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    if DROPOUT is not None:
+        acc = acc / kept_share
+    if value_scales is not None:
+        acc = acc * tl.load(value_scales + batch * q_heads + head)
     out = advance(advance(out, batch * tl.cast(q_size, tl.int64), q_heads * V_DIM), head, V_DIM)
     rows_written = q_size
     if PACKED:
@@ -223,9 +272,23 @@ def _forward_kernel(
         lse = lse + q_first
     tl.store(
         lse + first_row + tl.arange(0, BLOCK_Q),
-        (peak + tl.log2(total)) * LN_2,
+        (peak + tl.log2(total) - EXPONENT) * LN_2 if EXPONENT else (peak + tl.log2(total)) * LN_2,
         mask=rows_exist(first_row, rows_written, BLOCK_Q),
     )
+
+
+def completed(spec: AttentionSpec, config: AttentionConfig, target: Target, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The inputs with what the host can say of the mask, from the planes that are NumPy's.
+
+    The kernel of dk and dv goes through all the query heads that share a key head at once, which then must see alike.
+    """
+    tiles = {"forward_runs": config.forward, "dkv_runs": config.dkv, "dq_runs": config.dq}
+    blocks = {name: (each.block_q, each.block_kv) for name, each in tiles.items()}
+    found = with_runs(spec, AttentionInputs(*inputs), blocks)
+    shared = found.q.shape[2] != found.k.shape[2]
+    if shared and found.dkv_runs is not None and differs_by_head(found.dkv_runs):
+        return found._replace(dkv_runs=None)
+    return found
 
 
 def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None) -> Plan:
@@ -235,7 +298,7 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
     batch, q_len, q_heads, _ = given.q.shape
     tiles = checked(config.forward, "forward")
     outputs = {
-        "out": contiguous((batch, q_len, q_heads, spec.v_dim), spec.dtype),
+        "out": contiguous((batch, q_len, q_heads, spec.v_dim), spec.out_dtype),
         "lse": contiguous((batch, q_heads, q_len), "float32"),
     }
     log2_scale = log2(e) * (abs(spec.softmax_scale) if spec.score is None else 1.0)
@@ -244,15 +307,20 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         **sink_strides(given),
         **score_numbers(spec, given),
         "log2_scale": max(log2_scale, 1e-30),  # not 0, for 0 * -inf is not -inf
+        "kept_share": 1 - spec.dropout if spec.dropout else None,
         "q_heads": q_heads,
     }
     constants = {
         **score_constants(spec, given),
         **size_constants(spec, tiles, given, outputs["out"]),
         "SINKS": given.sinks is not None,
+        "RUNS": given.forward_runs is not None,
+        "WEIGHT": constant(spec.weight),
+        "EXPONENT": spec.weight_exponent,
         "NEGATE": spec.score is None and spec.softmax_scale < 0,
     }
     grid = programs(q_len, tiles.block_q, q_heads, given)
     how = tiles.num_warps, tiles.num_stages, spec.dtype
-    launch = Launch(_forward_kernel, grid, names_of(arrays, *INPUTS), ("out", "lse"), numbers, constants, *how)
+    reads = names_of(arrays, *(name for name in INPUTS if name not in ("dkv_runs", "dq_runs")))
+    launch = Launch(_forward_kernel, grid, reads, ("out", "lse"), numbers, constants, *how)
     return Plan((launch,), arrays, outputs)

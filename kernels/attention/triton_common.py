@@ -9,6 +9,7 @@ import triton
 
 from ..tiles.expressions import SCORE, const, derivative
 from ..tiles.launch import Array
+from ..tiles.philox import threshold
 from ..tiles.triton_expressions import constant, score_constant, slots
 from ..tiles.triton_tiles import needs_wide_offsets, padded
 from .spec import INPUTS, AttentionInputs, AttentionSpec
@@ -70,7 +71,8 @@ def score_constants(spec: AttentionSpec, inputs: AttentionInputs) -> dict[str, A
         "RIGHT": spec.right,
         "SCORE": score_constant(spec.score),
         "MASK": None if spec.mask == const(True) else constant(spec.mask),
-        "SLOTS": slots(spec.score, spec.mask),
+        "SLOTS": _read(spec),
+        "DROPOUT": threshold(spec.dropout) if spec.dropout else None,
     }
 
 
@@ -123,4 +125,4 @@ def checked(tiles: AttentionTiles, name: str) -> AttentionTiles:
 
 
 def _read(spec: AttentionSpec) -> tuple[int, ...]:
-    return slots(spec.score, spec.mask)
+    return slots(spec.score, spec.mask, spec.weight)

@@ -12,6 +12,7 @@ import triton.language as tl
 from ..tiles.expressions import SCORE, plane
 from ..tiles.launch import Array, Launch, contiguous
 from ..tiles.triton_expressions import evaluate, indices, load_planes, score_constant
+from ..tiles.triton_philox import kept
 from ..tiles.triton_tiles import (
     LOG2_E,
     advance,
@@ -32,10 +33,11 @@ _SINK_ROWS = 512
 
 @triton.jit
 def _gather_dplane(
-    acc, q_tile, q_rest, dout_tile, lse_tile, delta_tile, keys, values, planes, plane_strides, place, score_scale,
+    acc, q_tile, q_rest, dout_tile, lse_tile, delta_tile, keys, values, seed, kept_share,
+    planes, plane_strides, place, score_scale,
     start, end, q_len, kv_len,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys in [start, end) send back. `place` is (sequence, head, first row)."""
@@ -60,6 +62,9 @@ def _gather_dplane(
             scores, lse_tile, at, tiles, score_scale, 1.0, q_len, kv_len, LEFT, RIGHT, SCORE, MASK, True, 1
         )
         dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        if DROPOUT is not None:
+            stay = kept(seed, here, DROPOUT, BLOCK_Q, BLOCK_KV, False)
+            dweights = tl.where(stay, dweights / kept_share, 0.0)
         change = weights * (dweights - delta_tile[:, None])
         if SLOPE is not None:
             change = change * evaluate(SLOPE, raw, at, tiles)
@@ -69,17 +74,18 @@ def _gather_dplane(
 
 @triton.jit(do_not_specialize=["q_size", "kv_size", "sequences", "items"])
 def _dplane_kernel(
-    q, k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k,
+    q, k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, seed,
     plane0, plane1, plane2, plane3, plane4, plane5, dout, log2_lse, delta, dplane,
     q_batch, q_row, q_head, q_column, k_batch, k_row, k_head, k_column,
     v_batch, v_row, v_head, v_column, dout_batch, dout_row, dout_head, dout_column,
     plane0_batch, plane0_head, plane0_row, plane0_column, plane1_batch, plane1_head, plane1_row, plane1_column,
     plane2_batch, plane2_head, plane2_row, plane2_column, plane3_batch, plane3_head, plane3_row, plane3_column,
     plane4_batch, plane4_head, plane4_row, plane4_column, plane5_batch, plane5_head, plane5_row, plane5_column,
-    score_scale, q_size, kv_size, q_heads, sequences, items, rows, columns,
+    score_scale, kept_share, q_size, kv_size, q_heads, sequences, items, rows, columns,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
-    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr, VARIES: tl.constexpr,
+    SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
+    DROPOUT: tl.constexpr, VARIES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of a plane [items, heads, rows, columns], summed where VARIES says that it is 1."""
@@ -134,10 +140,11 @@ def _dplane_kernel(
                 delta_tile = load_rows(delta_of_head, first_row, q_len, 1, 0.0, BLOCK_Q)
                 start, _, _, end = kv_ranges(first_row, q_len, kv_len, LEFT, RIGHT, False, BLOCK_Q, BLOCK_KV)
                 acc = _gather_dplane(
-                    acc, q_tile, q_rest, dout_tile, lse_tile, delta_tile, keys, values, planes, plane_strides,
-                    (item, head, first_row), score_scale,
+                    acc, q_tile, q_rest, dout_tile, lse_tile, delta_tile, keys, values, seed, kept_share,
+                    planes, plane_strides, (item, head, first_row), score_scale,
                     tl.maximum(column_begin, start), tl.minimum(column_end, end), q_len, kv_len,
-                    HEAD_DIM, V_DIM, LEFT, RIGHT, SCORE, MASK, SLOPE, SLOTS, BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+                    HEAD_DIM, V_DIM, LEFT, RIGHT, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
+                    BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
                 )  # fmt: skip
 
     plane_head = head_begin
@@ -196,6 +203,7 @@ def dplane_launch(
         **strides_of(q=inputs.q, k=inputs.k, v=inputs.v, dout=dout),
         **score_numbers(spec, inputs),
         "score_scale": spec.softmax_scale,
+        "kept_share": 1 - spec.dropout if spec.dropout else None,
         "q_heads": inputs.q.shape[2],
         "items": items,
         "rows": shape[2],

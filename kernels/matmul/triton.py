@@ -29,8 +29,6 @@ def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, .
     for name, dtype in (("dtype", spec.dtype), ("out_dtype", spec.out_dtype)):
         if dtype not in DTYPES:
             reasons.append(f"{name}: got {dtype}; the Triton kernels take {', '.join(DTYPES)}")
-        elif dtype == "bfloat16" and target.interpreted:
-            reasons.append(f"{name}: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on a CPU")
     if target.is_tpu:
         reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
     return tuple(reasons)

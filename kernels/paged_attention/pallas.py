@@ -76,7 +76,10 @@ def forward(
         return pl.BlockSpec((None, None, groups, rows, width), lambda b, t, *_: (b, t, 0, 0, 0))
 
     factors = _row_factors(spec, tiling, arrays)
-    block = (2, tiling.block_kv, kv_heads)
+    block: tuple[int, ...] = (2, tiling.block_kv, kv_heads)
+    if kv_heads == 1:  # XLA lays out such pages as rows of their one head: with the dimension it would copy the cache
+        k_pages, v_pages = (pages[:, :, 0] for pages in (k_pages, v_pages))
+        block = (2, tiling.block_kv)
     out, lse = pl.pallas_call(
         partial(_kernel, spec=spec, tiling=tiling, has_factors=factors is not None),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -234,7 +237,7 @@ def _attend_together(
     def part_of(block: Any, at: Any) -> jax.Array:
         keys = tiling.part // tiling.kv_heads
         part = block[pl.ds(lax.div(at, tiling.kv_heads), keys)]
-        return _widened(part, q_ref.dtype).reshape(tiling.part, part.shape[2])
+        return _widened(part, q_ref.dtype).reshape(tiling.part, part.shape[-1])
 
     def one_chunk(group: Any, at: Any) -> None:
         _attend(

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, pad_to, round_up, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, pad_to, round_up, vmem_budget
 from ..tiles.targets import MIB, Target
 from .spec import PagedAttentionInputs, PagedAttentionSpec
 from .tiles import PagedAttentionConfig
@@ -20,13 +20,16 @@ from .tiles import PagedAttentionConfig
 _ROWS = 16  # a multiple of what fills the sublanes of any dtype
 
 
-def _registers(spec: PagedAttentionSpec, target: Target) -> tuple[int, int, int]:
-    """How many columns of scores stay in registers at a time, with how many rows of all heads, and of one."""
-    wide = 2 if max(spec.head_dim, spec.v_dim) > LANES else 1
+def _registers(spec: PagedAttentionSpec, target: Target, kv_heads: int) -> tuple[int, int, int]:
+    """How many columns of scores stay in registers at a time, with how many rows of all heads, and of one.
+
+    Keys of so few heads that they do not fill a register's sublanes pass through twice as many.
+    """
+    wide = 2 if max(spec.head_dim, spec.v_dim) > LANES or 1 < kv_heads < SUBLANES else 1
     if spec.dtype == "float32":  # whose products pass in pieces
         return 128, 16, 16
     if target.is_tpu and target.on_chip_bytes <= 16 * MIB:  # v4, which unpacks bfloat16 in more steps
-        return 256 // wide // (1 if spec.page_dtype == spec.dtype else 2), 16, 24
+        return (256 // wide, 16, 24) if spec.page_dtype == spec.dtype else (128 // wide, 16, 16)
     return 512 // wide, 32, 64
 
 
@@ -72,7 +75,7 @@ class Tiling:
         queries = min(q_len, max(1, tiles.block_rows // (q_heads if together else group)))
         while True:
             sizes = q_len, queries, block_kv, kv_heads, group, page_size, max_pages
-            tiling = Tiling._cut(together, *sizes, *_registers(spec, target))
+            tiling = Tiling._cut(together, *sizes, *_registers(spec, target, kv_heads))
             if target.interpreted or tiling._vmem_bytes(spec, arrays) <= vmem_budget(target) * 7 // 8:
                 return tiling
             if block_kv > LANES or queries == 1:

@@ -59,7 +59,8 @@ def choose_config(spec: PagedAttentionSpec, target: Target) -> PagedAttentionCon
     return PagedAttentionConfig(PagedAttentionTiles(16, 32), PagedAttentionTiles(32, 32), programs=12)
 
 
-# By the width of a head on chip: (block_rows, block_kv, num_warps, num_stages) of decoding and of prefill.
+# By the width of a head on chip: (block_rows, block_kv, num_warps, num_stages) of decoding and of prefill. Large tiles,
+# as long as the compiler spills no register, from pages of any dtype.
 _GPU_TILES = {
     "sm_80": {
         64: ((64, 64, 4, 4), (128, 64, 8, 3)),
@@ -94,11 +95,16 @@ _GPU_TILES = {
         256: ((16, 16, 4, 1), (16, 16, 8, 1)),
     },
 }
+# The same of pages that are converted on their way, in registers.
+_GPU_TILES_OF_QUANTIZED = {"sm_80": {128: ((64, 64, 4, 3), (128, 32, 8, 3))}}
 _PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304, "gfx950": 256}
 
 
 def _for_gpu(spec: PagedAttentionSpec, target: Target) -> PagedAttentionConfig:
-    table = _GPU_TILES["float32" if spec.dtype == "float32" else target.name]
+    name = "float32" if spec.dtype == "float32" else target.name
+    table = _GPU_TILES[name]
+    if spec.page_dtype != spec.dtype:
+        table = {**table, **_GPU_TILES_OF_QUANTIZED.get(name, {})}
     width = max(spec.head_dim, spec.v_dim)
     decode, prefill = table[min(size for size in table if width <= size)]
     return PagedAttentionConfig(

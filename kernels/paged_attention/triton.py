@@ -32,7 +32,7 @@ from .spec import (
 from .tiles import PagedAttentionConfig, PagedAttentionTiles, split_count
 
 _DTYPES = ("float16", "bfloat16", "float32")
-_FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx950")
+_FLOAT8_TARGETS = ("sm_90", "sm_100", "gfx950", "interpret")
 _MERGED_SPLITS = 32  # at a time
 
 
@@ -47,10 +47,6 @@ def supports(spec: PagedAttentionSpec, target: Target, needs_grad: bool) -> tupl
         reasons.append(
             f"The Triton kernels compute in {', '.join(_DTYPES)}, and q is {spec.dtype}; "
             "cast it, or use implementation='library'."
-        )
-    if spec.dtype == "bfloat16" and target.interpreted:
-        reasons.append(
-            "Triton 3.9's interpreter computes bfloat16 wrongly; use float16 or float32 here, or run on a GPU."
         )
     if spec.page_dtype == QUANTIZED[1] and target.name not in _FLOAT8_TARGETS:
         reasons.append(
@@ -98,7 +94,8 @@ def _scale(scales, head, stride):
 @triton.jit
 def _load_keys(
     pages, page_table, first, start, end, page_stride, row_stride, column_stride, table_entry,
-    COLUMNS: tl.constexpr, PAGE_SIZE: tl.constexpr, MASKED: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_KV: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_KV, padded(COLUMNS)] of the keys from `first`; those outside [start, end) read as 0, as do their pages.
 
@@ -106,7 +103,9 @@ def _load_keys(
     """
     WIDTH: tl.constexpr = padded(COLUMNS)
     keys = first + tl.arange(0, BLOCK_KV)
-    exist = (keys >= start) & (keys < end)
+    exist = keys < end
+    if WINDOW:
+        exist = exist & (keys >= start)
     rows = keys % PAGE_SIZE
     columns = tl.arange(0, WIDTH)
     if WIDE:
@@ -138,16 +137,16 @@ def _load_keys(
 @triton.jit
 def _attend(
     acc, total, peak, q_tile, k_pages, v_pages, page_table, k_page, k_row, k_column, v_page, v_row, v_column,
-    table_entry, score_scale, log2_cap, window_left, aligned, lo, hi, start, end,
-    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    table_entry, score_scale, log2_cap, row_start, row_end, lo, hi, start, end,
+    HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Let a tile of rows attend to the tiles of keys in [lo, hi)."""
     if lo < hi:
-        for first in range(lo, hi, BLOCK_KV):
+        for first in tl.range(lo, hi, BLOCK_KV, disable_licm=MASKED):
             k_tile = _load_keys(
                 k_pages, page_table, first, start, end, k_page, k_row, k_column, table_entry,
-                HEAD_DIM, PAGE_SIZE, MASKED, BLOCK_KV, WIDE,
+                HEAD_DIM, PAGE_SIZE, WINDOW, MASKED, BLOCK_KV, WIDE,
             )  # fmt: skip
             scores = tl.dot(q_tile, tl.trans(k_tile.to(q_tile.dtype)), input_precision="ieee")  # [rows, BLOCK_KV]
             scores = scores * score_scale
@@ -155,16 +154,14 @@ def _attend(
                 scores = _tanh(scores) * log2_cap
             if MASKED:
                 keys = (first + tl.arange(0, BLOCK_KV))[None, :]
-                seen = (keys >= start) & (keys < end)
-                if CAUSAL:
-                    seen = seen & (keys <= aligned[:, None])
+                seen = keys < row_end[:, None]
                 if WINDOW:
-                    seen = seen & (keys >= aligned[:, None] - window_left)
+                    seen = seen & (keys >= row_start[:, None])
                 scores = tl.where(seen, scores, float("-inf"))
             weights, rescale, peak, total = online_softmax(scores, peak, total, 1.0, MASKED)
             v_tile = _load_keys(
                 v_pages, page_table, first, start, end, v_page, v_row, v_column, table_entry,
-                V_DIM, PAGE_SIZE, MASKED, BLOCK_KV, WIDE,
+                V_DIM, PAGE_SIZE, WINDOW, MASKED, BLOCK_KV, WIDE,
             )  # fmt: skip
             weights = weights.to(q_tile.dtype)
             acc = tl.dot(weights, v_tile.to(q_tile.dtype), acc * rescale[:, None], input_precision="ieee")
@@ -223,7 +220,6 @@ def _attend_kernel(
     q_length = _length(q_lengths, batch, q_lengths_batch, q_len)
     length = _length(lengths, batch, lengths_batch, max_keys)
     real = query < q_length
-    aligned = query + (length - q_length)
 
     columns = tl.arange(0, padded(HEAD_DIM)).to(tl.int64)
     q_rows = advance(q, batch, q_batch) + query.to(tl.int64) * q_row + head.to(tl.int64) * q_head
@@ -248,6 +244,14 @@ def _attend_kernel(
     start, end, full_start, full_end = _ranges(
         first_query, last_query, length - q_length, length, window_left, CAUSAL, WINDOW, BLOCK_KV
     )
+    # A row sees the keys in [row_start, row_end): one comparison a score, or two.
+    aligned = query + (length - q_length)
+    row_start = aligned
+    row_end = tl.full([BLOCK_ROWS], end, tl.int32)
+    if CAUSAL:
+        row_end = tl.minimum(aligned + 1, end)
+    if WINDOW:
+        row_start = tl.maximum(aligned - window_left, start)
     lo = start // BLOCK_KV * BLOCK_KV
     hi = tl.cdiv(end, BLOCK_KV) * BLOCK_KV
     if SPLIT:
@@ -261,19 +265,19 @@ def _attend_kernel(
     if WINDOW:
         acc, total, peak = _attend(
             acc, total, peak, q_tile, k_pages, v_pages, page_table, k_page, k_row, k_column, v_page, v_row, v_column,
-            table_entry, score_scale, log2_cap, window_left, aligned, lo, tl.minimum(hi, full_start), start, end,
-            HEAD_DIM, V_DIM, PAGE_SIZE, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_KV, WIDE,
+            table_entry, score_scale, log2_cap, row_start, row_end, lo, tl.minimum(hi, full_start), start, end,
+            HEAD_DIM, V_DIM, PAGE_SIZE, WINDOW, SOFTCAP, True, BLOCK_KV, WIDE,
         )  # fmt: skip
         lo = tl.maximum(lo, full_start)
     acc, total, peak = _attend(
         acc, total, peak, q_tile, k_pages, v_pages, page_table, k_page, k_row, k_column, v_page, v_row, v_column,
-        table_entry, score_scale, log2_cap, window_left, aligned, lo, tl.minimum(hi, full_end), start, end,
-        HEAD_DIM, V_DIM, PAGE_SIZE, CAUSAL, WINDOW, SOFTCAP, False, BLOCK_KV, WIDE,
+        table_entry, score_scale, log2_cap, row_start, row_end, lo, tl.minimum(hi, full_end), start, end,
+        HEAD_DIM, V_DIM, PAGE_SIZE, WINDOW, SOFTCAP, False, BLOCK_KV, WIDE,
     )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, q_tile, k_pages, v_pages, page_table, k_page, k_row, k_column, v_page, v_row, v_column,
-        table_entry, score_scale, log2_cap, window_left, aligned, tl.maximum(lo, full_end), hi, start, end,
-        HEAD_DIM, V_DIM, PAGE_SIZE, CAUSAL, WINDOW, SOFTCAP, True, BLOCK_KV, WIDE,
+        table_entry, score_scale, log2_cap, row_start, row_end, tl.maximum(lo, full_end), hi, start, end,
+        HEAD_DIM, V_DIM, PAGE_SIZE, WINDOW, SOFTCAP, True, BLOCK_KV, WIDE,
     )  # fmt: skip
 
     # A row past its sequence's queries has seen nothing, whatever was computed for it.

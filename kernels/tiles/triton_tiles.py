@@ -207,6 +207,57 @@ def q_ranges(
     return start, full_start, full_end, end
 
 
+@triton.jit
+def q_ranges_of_runs(
+    first_column, q_len, kv_len, LEFT: tl.constexpr, RIGHT: tl.constexpr, PAST: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr,
+):  # fmt: skip
+    """The same for tiles laid from the first query on, as runs count them."""
+    first = first_column - (kv_len - q_len)
+    last = tl.minimum(first_column + BLOCK_KV, kv_len) - 1 - (kv_len - q_len)
+    start = 0
+    full_start = 0
+    full_end = q_len
+    end = q_len
+    if RIGHT is not None:
+        start = tl.minimum(tl.maximum(first - RIGHT, 0), q_len)
+        full_start = tl.minimum(tl.maximum(last - RIGHT, 0), q_len)
+    if LEFT is not None:
+        full_end = tl.minimum(tl.maximum(first + LEFT + 1, 0), q_len)
+        end = tl.minimum(tl.maximum(last + LEFT + 1, 0), q_len)
+    if PAST:
+        end = tl.where(first_column < kv_len, end, 0)
+    start = start // BLOCK_Q * BLOCK_Q
+    full_start = tl.cdiv(full_start, BLOCK_Q) * BLOCK_Q
+    return start, full_start, full_end // BLOCK_Q * BLOCK_Q, tl.cdiv(end, BLOCK_Q) * BLOCK_Q
+
+
+# Which tiles a mask shows: runs of them, in a list that `kernels/attention/sparsity.py` describes
+
+
+@triton.jit
+def runs_of(runs, item, head, tile, sequences, PACKED: tl.constexpr):
+    """(first, end): where the runs of a tile stand in the list; the next is two further on."""
+    if PACKED:  # of the rows past the last sequence, and of those past the end of one, there are no tiles
+        item = tl.minimum(item, sequences - 1)
+    tile = tl.minimum(tile, tl.load(runs + 2) - 1)
+    row = runs + 3 + item * tl.load(runs) + head * tl.load(runs + 1) + tile
+    return tl.load(row), tl.load(row + 1)
+
+
+@triton.jit
+def within_run(runs, run, start, full_start, full_end, end, BLOCK: tl.constexpr):
+    """The bounds of the window, as `kv_ranges` and `q_ranges` give them, cut to one run of tiles."""
+    first = tl.load(runs + run)
+    whole = first < 0
+    first = tl.where(whole, ~first, first) * BLOCK
+    start = tl.maximum(start, first)
+    end = tl.minimum(end, tl.load(runs + run + 1) * BLOCK)
+    full_start = tl.where(whole, tl.minimum(tl.maximum(full_start, start), end), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_start), end)
+    return start, full_start, full_end, end
+
+
 # Sequences of their own lengths: padded, or packed one after the other
 
 
@@ -286,16 +337,18 @@ def sequence_of(
 
 
 @triton.jit
-def online_softmax(scores, peak, total, log2_scale, SOME_HIDDEN: tl.constexpr):
+def online_softmax(scores, peak, total, log2_scale, SOME_HIDDEN: tl.constexpr, EXPONENT: tl.constexpr = 0):
     """Take in a tile of scores [rows, columns]; returns (weights, rescale, peak, total).
 
-    weights are `2 ** (scores * log2_scale - peak)`; `rescale` [rows] brings what was summed under the old peak to the
-    new. log2_scale is positive. With SOME_HIDDEN a row's peak may be -inf, and is then not subtracted.
+    weights are `2 ** (scores * log2_scale - peak + EXPONENT)`; `rescale` [rows] brings what was summed under the old
+    peak to the new. log2_scale is positive. With SOME_HIDDEN a row's peak may be -inf, and is then not subtracted.
     """
     new_peak = tl.maximum(peak, tl.max(scores, axis=1) * log2_scale)
     base = new_peak
     if SOME_HIDDEN:
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    weights = tl.exp2(scores * log2_scale - base[:, None])
     rescale = tl.exp2(peak - base)
+    if EXPONENT:
+        base = base - EXPONENT
+    weights = tl.exp2(scores * log2_scale - base[:, None])
     return weights, rescale, new_peak, total * rescale + tl.sum(weights, axis=1)

@@ -2,16 +2,20 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from crosstile.arguments import PREPARE
 from crosstile.bench import compile as compiling
 from crosstile.bench import pool, programs
+from crosstile.bench.attention_shapes import AttentionShape
 from crosstile.bench.cli import app
 from crosstile.bench.facts import KernelFacts, over_budget
 from crosstile.bench.programs import Job
+from crosstile.bench.shape import Shape
 from crosstile.bench.shapes import SHAPES, get_shape
 from crosstile.kernels.tiles.targets import TARGETS
 
@@ -64,10 +68,10 @@ def test_within_budget_exits_0_and_writes_json(monkeypatch: pytest.MonkeyPatch, 
     assert document["schema"] == compiling.SCHEMA
     assert document["ok"] is True
     assert document["compilers"]["crosstile"]
-    assert {job["shape"] for job in document["jobs"]} == {"llama-3.2-1b", "llama-3-8b"}
+    assert {job["shape"] for job in document["jobs"]} == {"llama-3.2-1b", "llama-3-8b", "gpt-oss-20b"}
     assert {job["direction"] for job in document["jobs"]} == {"forward", "backward"}
     for job in document["jobs"]:
-        assert set(job) == {"target", "op", "direction", "shape", "dtype", "error", "kernels"}
+        assert set(job) == {"target", "op", "direction", "shape", "dtype", "error", "unsupported", "kernels"}
         [kernel] = job["kernels"]
         assert kernel == {**GOOD.as_dict(), "failures": []}
 
@@ -124,6 +128,101 @@ def test_every_shape_has_its_directions_on_every_target() -> None:
     assert programs.directions(get_shape("llama-3-8b")) == ("forward", "backward")
     assert programs.directions(get_shape("llama-3-8b-gate")) == ("forward", "saving", "backward")
     assert programs.directions(get_shape("llama-3-8b-decode")) == ("forward",)
+    assert programs.directions(get_shape("llama-3-8b-paged")) == ("forward",)
+
+
+def test_the_long_list_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiling.pool, "run", outcomes_of(GOOD))
+    found = {}
+    for options in ((), ("--all",), ("--quick",)):
+        file = tmp_path / "out.json"
+        result = CliRunner().invoke(app, ["compile", "--target", "sm_90", *options, "--json", str(file)])
+        assert result.exit_code == 0, result.output
+        found[options] = {job["shape"] for job in json.loads(file.read_text())["jobs"]}
+    assert found["--quick",] < found[()] < found["--all",]
+    assert found[()] == {shape.name for shape in SHAPES if shape.everyday}
+    assert found["--all",] == {shape.name for shape in SHAPES}
+
+
+def test_what_the_library_does_not_offer_there_is_shown_and_does_not_fail(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reason = "Pages of float8_e4m3fn are read by sm_90"
+
+    def run(jobs: Sequence[Job], processes: int = 2) -> Iterator[pool.Outcome]:
+        return (pool.Outcome(job, unsupported=reason) for job in jobs)
+
+    monkeypatch.setattr(compiling.pool, "run", run)
+    file = tmp_path / "out.json"
+    command = ["compile", "--target", "sm_80", "--shape", "llama-3-8b-decode-16-fp8", "--json", str(file)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "not offered there" in result.output
+    [job] = json.loads(file.read_text())["jobs"]
+    assert job["unsupported"] == reason
+
+
+def test_only_pages_of_float8_are_not_offered_in_bfloat16() -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("jax")
+    jobs = programs.jobs_for(TARGETS, SHAPES, ["bfloat16"])
+    found = {(job.target, job.shape) for job in jobs if programs.unsupported(job)}
+    float8 = [shape.name for shape in SHAPES if shape.name.endswith("-fp8")]
+    assert found == {(target, name) for target in ("sm_80", "gfx942") for name in float8}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_shape_s_spec_is_that_of_the_public_call(shape: Shape) -> None:
+    """NumPy stand-ins give what a framework that differentiates gives: the planes that want a gradient, above all."""
+    jax = pytest.importorskip("jax")
+    spec, inputs = shape.prepare("bfloat16")
+    structs = {name: jax.ShapeDtypeStruct(size, kind) for name, (size, kind) in shape.arrays("bfloat16").items()}
+    found = []
+
+    def call(traced):
+        found.extend(PREPARE[shape.function](**shape.call(traced)))
+        return [array for array in found[1] if array is not None]
+
+    jax.eval_shape(call, structs)
+    assert found[0] == spec
+    assert [array is None for array in found[1]] == [array is None for array in inputs]
+    assert shape.bytes("bfloat16") > 0
+    assert shape.flops > 0
+
+
+def test_kernels_hear_of_a_mask_that_the_host_knows() -> None:
+    pytest.importorskip("triton")
+    for name, told in (("llama-3-8b-documents", True), ("llama-3-8b-segments", False)):
+        plan = programs.gpu_plan(Job("sm_90", "attention", "forward", name, "bfloat16"))
+        assert any(array.endswith("runs") for array in plan.inputs) == told
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_compiler_refuses_a_shape(target: str) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("libtpu")
+    outcomes = list(pool.run(programs.jobs_for([target], SHAPES, ["bfloat16"])))
+    assert [str(outcome.job) for outcome in outcomes if outcome.error] == []
+
+
+def test_pairs_of_a_window_and_of_packed_sequences() -> None:
+    plain = AttentionShape("x", 1, 1, 8, q_len=12, kv_len=12)
+    seen = [(i, j) for i in range(12) for j in range(12) if i - 3 <= j <= i]
+    assert replace(plain, window=3).flops == 4 * 8 * len(seen)
+    seen = [(i, j) for i in range(12) for j in range(12) if j <= i and i // 4 == j // 4]
+    assert replace(plain, packed=3).flops == replace(plain, documents=3).flops == 4 * 8 * len(seen)
+    seen = [(i, j) for i in range(12) for j in range(12) if j <= i or j < 5]
+    assert replace(plain, causal=False, prefix=5).flops == 4 * 8 * len(seen)
+
+
+def test_an_op_without_products_needs_no_matrix_units() -> None:
+    by_hand = KernelFacts("forward", "q 64", 100, {}, "", 0, 1024)
+    job = Job("v6e", "attention", "forward", "llama-3-8b", "bfloat16")
+    assert compiling.CompileReport((pool.Outcome(job, (by_hand,)),), 1.0).failures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AttentionShape, "multiplies", False)
+        assert not compiling.CompileReport((pool.Outcome(job, (by_hand,)),), 1.0).failures
 
 
 def test_a_job_that_cannot_be_made_is_an_outcome_not_an_end() -> None:

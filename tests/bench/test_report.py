@@ -93,6 +93,13 @@ def test_it_shows_the_figures(page: str) -> None:
     assert "&lt;/pre&gt;&lt;script&gt;" in page, "a sample is text, not markup"
 
 
+def test_what_is_not_offered_on_a_chip_is_no_failure_there() -> None:
+    job = Job("gfx942", "paged_attention", "forward", "llama-3-8b-decode-16-fp8", "bfloat16")
+    compiled = CompileReport((an_outcome("gfx942", 0), Outcome(job, unsupported="no float8 there")), 3.0)
+    [chip] = reporting._compile_matrix(compiled)
+    assert [cell["passes"] for cell in chip["cells"]] == [True, True]
+
+
 def test_parts_that_are_absent_are_left_out(tmp_path: Path) -> None:
     path = reporting.write(Report(), tmp_path / "report")
     assert path.name == "index.html"

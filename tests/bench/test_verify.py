@@ -10,11 +10,13 @@ pytest.importorskip("torch")
 from typer.testing import CliRunner
 
 from crosstile.bench import verify
-from crosstile.bench.cases import AttentionCase, MatmulCase, TorchSide
+from crosstile.bench.cases import AttentionCase, Case, FeaturesCase, MatmulCase, PagedCase, TorchSide
 from crosstile.bench.cli import app
 from crosstile.bench.verify import Check, compare
 
 ATTENTION = AttentionCase("small", 1, 9, 14, 4, 2, 8, causal=True)
+FEATURES = FeaturesCase("small", 1, 9, 14, 4, 2, 8, causal=True, window=5, softcap=3.0)
+PAGED = PagedCase("small", (20, 3), q_len=2, q_heads=4, kv_heads=2, head_dim=8, page_size=16)
 MATMUL = MatmulCase("small", 5, 8, 7, "silu")
 
 
@@ -33,10 +35,10 @@ def test_nan_inf_and_shape_are_infinitely_wrong(bad: np.ndarray) -> None:
     assert compare(bad, np.ones(2), np.ones(2), "float32")[1] == np.inf
 
 
-@pytest.mark.parametrize("case", [ATTENTION, MATMUL])
-def test_the_framework_s_own_op_passes(case: AttentionCase | MatmulCase) -> None:
+@pytest.mark.parametrize("case", [ATTENTION, FEATURES, PAGED, MATMUL], ids=lambda case: type(case).__name__)
+def test_the_framework_s_own_op_passes(case: Case) -> None:
     checks = list(verify.check(case, TorchSide(), "library", "float32"))
-    assert [check.direction for check in checks] == ["forward", "backward"]
+    assert [check.direction for check in checks] == (["forward"] if case is PAGED else ["forward", "backward"])
     assert all(check.passes for check in checks)
 
 
@@ -51,6 +53,49 @@ def test_a_wrong_attention_does_not_pass(mutation: str, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(AttentionCase, "public", wrong)
     assert not any(check.passes for check in verify.check(ATTENTION, TorchSide(), "library", "float32"))
+
+
+FEATURE_MISTAKES = {
+    "window": {"window": (4, None)},
+    "softcap": {"softcap": 3.1},
+    "sinks": {"sinks": None},
+    "slopes": {"score_mod": None},
+}
+
+
+@pytest.mark.parametrize("mutation", FEATURE_MISTAKES)
+def test_attention_with_a_wrong_feature_does_not_pass(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import crosstile
+
+    right = {"causal": True, "window": (5, None), "softcap": 3.0}
+
+    def wrong(self, implementation):
+        def attention(q, k, v, sinks, slopes):
+            options = right | {"sinks": sinks, "score_mod": crosstile.mods.alibi(slopes)} | FEATURE_MISTAKES[mutation]
+            out = crosstile.attention(q, k, v, **options, implementation=implementation)
+            return out + 0 * (sinks.sum() + slopes.sum())  # so that each has a gradient
+
+        return attention
+
+    monkeypatch.setattr(FeaturesCase, "right", FeaturesCase.public, raising=False)
+    monkeypatch.setattr(FeaturesCase, "own", lambda self, side: self.right("library"))
+    monkeypatch.setattr(FeaturesCase, "public", wrong)
+    assert not any(check.passes for check in verify.check(FEATURES, TorchSide(), "library", "float32"))
+
+
+def test_pages_read_in_a_wrong_order_do_not_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    import crosstile
+
+    def wrong(self, implementation):
+        def paged(page_table, **others):
+            return crosstile.paged_attention(page_table=page_table.flip(1), **others, implementation=implementation)
+
+        return paged
+
+    monkeypatch.setattr(PagedCase, "right", PagedCase.public, raising=False)
+    monkeypatch.setattr(PagedCase, "own", lambda self, side: self.right("library"))
+    monkeypatch.setattr(PagedCase, "public", wrong)
+    assert not any(check.passes for check in verify.check(PAGED, TorchSide(), "library", "float32"))
 
 
 @pytest.mark.parametrize(("multiple", "code"), [(0.5, 0), (1.5, 1)])

@@ -96,8 +96,8 @@ def test_an_unknown_target_is_named_with_those_there_are():
 
 
 def test_a_named_implementation_that_cannot_run_is_an_error_with_its_reason():
-    with pytest.raises(crosstile.UnsupportedError, match=r"'triton' cannot run attention here.*bfloat16.*float16"):
-        crosstile.attention(*tensors("bfloat16"), implementation="triton")
+    with pytest.raises(crosstile.UnsupportedError, match=r"'triton' cannot run attention here.*float16.*float64"):
+        crosstile.attention(*tensors("float64"), implementation="triton")
     x = np.ones((1, 2, 1, 4))
     with pytest.raises(crosstile.UnsupportedError, match=r"NumPy has none: use numpy"):
         crosstile.attention(x, x, x, implementation="library")
@@ -117,7 +117,7 @@ def test_supports_is_pure_and_answers_for_any_target():
     spec = AttentionSpec("bfloat16", 128, 128, causal=True)
     assert crosstile.supports("attention", "triton", spec, "sm_90", needs_grad=True) == ()
     assert crosstile.supports("attention", "pallas", spec, "v6e", needs_grad=True) == ()
-    assert crosstile.supports("attention", "triton", spec, INTERPRET)
+    assert crosstile.supports("attention", "triton", AttentionSpec("float64", 128, 128), INTERPRET)
     assert crosstile.supports("attention", "pallas", spec, TARGETS["sm_90"])
     too_wide = AttentionSpec("bfloat16", 1024, 128)
     for implementation, target in (("triton", "sm_90"), ("pallas", "v6e")):
@@ -127,8 +127,8 @@ def test_supports_is_pure_and_answers_for_any_target():
 def test_the_automatic_choice_steps_down_with_one_warning(monkeypatch, spy):
     monkeypatch.setattr(dispatch.glue("torch"), "on_cpu", lambda array: False)
     monkeypatch.setitem(dispatch._AUTOMATIC, "cpu", ("triton", "library"))
-    arrays = tensors("bfloat16")
-    with pytest.warns(UserWarning, match="runs with 'library', a step down. triton: .*bfloat16"):
+    arrays = tensors("float64")
+    with pytest.warns(UserWarning, match="runs with 'library', a step down. triton: .*float64"):
         crosstile.attention(*arrays)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -85,6 +85,11 @@ def mask(call: Call, sizes: Sizes, rng: np.random.Generator) -> None:
     call.others["mask"] = seen
 
 
+def known_mask(call: Call, sizes: Sizes, rng: np.random.Generator) -> None:
+    """Of NumPy beside tensors, so that the tiles that it hides are skipped."""
+    call.options["mask"] = np.arange(sizes.q_len)[:, None] // 35 == np.arange(sizes.kv_len) // 35
+
+
 def segment_ids(call: Call, sizes: Sizes, rng: np.random.Generator) -> None:
     for name, length in (("queries", sizes.q_len), ("keys", sizes.kv_len)):
         call.others[f"segment_ids {name}"] = np.sort(rng.integers(0, 4, (sizes.batch, length)), axis=1)
@@ -121,6 +126,10 @@ def document_mask(call: Call, sizes: Sizes, rng: np.random.Generator) -> None:
     call.mask_mods.append(mods.document(np.sort(rng.integers(0, 3, max(sizes.q_len, sizes.kv_len)))))
 
 
+def dropout(call: Call, sizes: Sizes, rng: np.random.Generator) -> None:
+    call.options |= {"dropout": 0.3, "dropout_seed": 2**33 + 1234}
+
+
 def packed(call: Call, sizes: Sizes, rng: np.random.Generator) -> None:
     call.packed = True
 
@@ -134,6 +143,7 @@ FEATURES: dict[str, Feature] = {
     "bias, per head": head_bias,
     "bias, per key": key_bias,
     "mask": mask,
+    "mask, known to the host": known_mask,
     "segment ids": segment_ids,
     "lengths": lengths,
     "sinks": sinks,
@@ -142,6 +152,7 @@ FEATURES: dict[str, Feature] = {
     "mask_mod: prefix LM": prefix_mask,
     "mask_mod: dilated": dilated_mask,
     "mask_mod: documents": document_mask,
+    "dropout": dropout,
     "packed sequences (varlen)": packed,
 }
 

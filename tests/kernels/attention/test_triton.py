@@ -372,7 +372,8 @@ def test_supports_gpus(target, dtype):
 @pytest.mark.parametrize(
     ("spec", "target", "reason"),
     [
-        (AttentionSpec("bfloat16", 64, 64), INTERPRET, "interpreter computes bfloat16 wrongly; use float16 or float32"),
+        (AttentionSpec("float8_e4m3fn", 64, 64), get_target("sm_80"), "sm_80 has no products of float8_e4m3fn; sm_90"),
+        (AttentionSpec("float8_e4m3fn", 64, 64), get_target("gfx942"), "its own float8 is e4m3fnuz"),
         (AttentionSpec("float64", 64, 64), INTERPRET, "the arrays are float64; cast them"),
         (AttentionSpec("float16", 577, 64), get_target("sm_90"), "head_dim is 577, and it must be 1 to 576"),
         (AttentionSpec("float16", 64, 600), get_target("sm_90"), "v_dim is 600"),

@@ -192,7 +192,8 @@ def test_tiles_that_triton_cannot_have(config):
 def test_supports():
     assert kernels.supports(MatmulSpec("float16", "float32"), INTERPRET, True) == ()
     assert kernels.supports(MatmulSpec("bfloat16", "bfloat16"), get_target("sm_90"), True) == ()
-    (reason,) = kernels.supports(MatmulSpec("float16", "bfloat16"), INTERPRET, False)
+    assert kernels.supports(MatmulSpec("bfloat16", "bfloat16"), INTERPRET, True) == ()
+    (reason,) = kernels.supports(MatmulSpec("float16", "float64"), INTERPRET, False)
     assert reason.startswith("out_dtype")
     assert "float64" in kernels.supports(MatmulSpec("float64", "float32"), INTERPRET, False)[0]
     assert "TPU" in kernels.supports(MatmulSpec("float32", "float32"), get_target("v6e"), False)[0]

@@ -74,6 +74,11 @@ def test_in_float16(name):
     check(replace(PROBLEMS[name], dtype="float16"))
 
 
+@pytest.mark.parametrize("pages", [None, "float8_e4m3fn"])
+def test_in_bfloat16(pages):
+    check(replace(PROBLEMS["decode"], dtype="bfloat16", page_dtype=pages))
+
+
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_sizes(data):
@@ -256,10 +261,9 @@ def test_supports_gpus(target, dtypes):
 @pytest.mark.parametrize(
     ("dtypes", "sizes", "target", "reason"),
     [
-        (("bfloat16", "bfloat16"), (64, 64), "interpret", "interpreter computes bfloat16 wrongly"),
         (("float64", "float64"), (64, 64), "interpret", "q is float64; cast it"),
-        (("float16", "float8_e4m3fn"), (64, 64), "sm_80", "read by sm_90, sm_100, gfx950, and the target is sm_80"),
-        (("float16", "float8_e4m3fn"), (64, 64), "interpret", "use int8 pages there"),
+        (("float16", "float8_e4m3fn"), (64, 64), "sm_80", "read by sm_90, sm_100, gfx950, interpret, and the target"),
+        (("float16", "float8_e4m3fn"), (64, 64), "gfx942", "use int8 pages there"),
         (("float16", "float16"), (257, 64), "sm_90", "head_dim is 257, and it must be 1 to 256"),
         (("float16", "float16"), (64, 64), "v6e", "the target is v6e; use implementation='pallas'"),
     ],

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -162,9 +163,52 @@ def test_threads_take_turns(rng):
         np.testing.assert_array_equal(result, x / 2)
 
 
-def test_bfloat16_is_refused_by_its_absence():
-    assert "bfloat16" not in triton_interpreter.DTYPES
-    assert {"float16", "float32"} <= triton_interpreter.DTYPES
+@triton.jit
+def _narrow(x, y, product, summed, greater, BLOCK: tl.constexpr):
+    """x @ y, x + y and x > y, in the tiles' own type."""
+    offsets = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    x_tile = tl.load(x + offsets)
+    y_tile = tl.load(y + offsets)
+    tl.store(product + offsets, tl.dot(x_tile, y_tile).to(product.dtype.element_ty))
+    tl.store(summed + offsets, x_tile + y_tile)
+    tl.store(greater + offsets, (x_tile > y_tile).to(tl.int32))
+
+
+def test_bfloat16_is_computed_as_numpy_has_it():
+    rng = np.random.default_rng(0)
+    x, y = (rng.standard_normal((16, 16)).astype(ml_dtypes.bfloat16) for _ in range(2))
+    described = contiguous((16, 16), "bfloat16")
+    outputs = {"product": described, "summed": described, "greater": contiguous((16, 16), "int32")}
+    launch = Launch(_narrow, (1,), ("x", "y"), tuple(outputs), {}, {"BLOCK": 16})
+    plan = Plan((launch,), {"x": described, "y": described}, outputs)
+    product, summed, greater = triton_interpreter.run(plan, {"x": x, "y": y})
+    exact = x.astype(np.float32) @ y.astype(np.float32)
+    np.testing.assert_array_equal(product, exact.astype(ml_dtypes.bfloat16))
+    np.testing.assert_array_equal(summed, x + y)
+    np.testing.assert_array_equal(greater, x > y)
+
+
+@triton.jit
+def _rounded(x, out, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + offsets, tl.load(x + offsets).to(out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float8_e4m3fn"])
+def test_floats_round_to_the_nearest_even(kind):
+    """Of every value of 8 or 16 bits the neighbourhood: just below, at and just above the middle to the next."""
+    target = np.dtype(getattr(ml_dtypes, kind, kind))
+    bits = np.arange(2 ** (8 * target.itemsize), dtype=f"uint{8 * target.itemsize}")
+    values = bits.view(target).astype(np.float32)
+    values = np.sort(values[np.isfinite(values)])
+    middles = values[1:] / 2 + values[:-1] / 2
+    above, below = (np.nextafter(middles, end, dtype=np.float32) for end in (np.float32(np.inf), np.float32(-np.inf)))
+    x = np.concatenate([values, middles, above, below])
+    x = np.resize(x, -(-len(x) // 64) * 64).astype(np.float32)
+    launch = Launch(_rounded, (len(x) // 64,), ("x",), ("out",), {}, {"BLOCK": 64})
+    plan = Plan((launch,), {"x": contiguous(x.shape, "float32")}, {"out": contiguous(x.shape, kind)})
+    (found,) = triton_interpreter.run(plan, {"x": x})
+    np.testing.assert_array_equal(found.astype(np.float32), x.astype(target).astype(np.float32))
 
 
 def test_no_torch_is_needed():

@@ -1,0 +1,81 @@
+"""What a named shape is: one call of a public function, at the sizes of a real model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar
+
+import ml_dtypes
+import numpy as np
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Shape(ABC):
+    """One call. A subclass is all that the compile check, the roofline and `explain` need to know of an op.
+
+    Attributes:
+        op: the folder of `crosstile.kernels`.
+        multiplies: whether one of the op's kernels must use the matrix units.
+        trains: whether it has a backward.
+        everyday: whether it is compiled where no shape is named, or only with `--all`.
+        known_to_host: whether the arrays that `call` makes are the host's, who tells the kernels what a mask hides.
+    """
+
+    op: ClassVar[str]
+    multiplies: ClassVar[bool] = True
+
+    name: str
+    trains: bool = field(default=True, kw_only=True)
+    everyday: bool = field(default=True, kw_only=True)
+    known_to_host: bool = field(default=False, kw_only=True)
+
+    @property
+    def function(self) -> str:
+        """The public function that is called."""
+        return self.op
+
+    @property
+    @abstractmethod
+    def summary(self) -> str:
+        """The sizes and options in a form a table can hold."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> float:
+        """Multiplications and additions of the forward's products."""
+
+    @abstractmethod
+    def arrays(self, dtype: str) -> dict[str, tuple[Size, str]]:
+        """Size and dtype of every array of the call, by a name; those of a float dtype are differentiated."""
+
+    def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """The public function's arguments by name, made of those arrays in any framework."""
+        return dict(arrays)
+
+    def prepare(self, dtype: str) -> tuple[Any, tuple[Any, ...]]:
+        """The spec and the kernels' inputs as the public function makes them, of NumPy arrays that nobody fills."""
+        from crosstile import arguments
+
+        arrays = {name: np.empty(size, numpy_dtype(kind)) for name, (size, kind) in self.arrays(dtype).items()}
+        spec, inputs = arguments.PREPARE[self.function](**self.call(arrays))
+        spec, inputs, _ = arguments.CANONICAL[self.op](np, spec, inputs)
+        return spec, inputs
+
+    def bytes(self, dtype: str) -> float:
+        """What a fused forward must move: each array once, and what it returns once."""
+        from crosstile.dispatch import OPS
+
+        spec, inputs = self.prepare(dtype)
+        moved = [(size, kind) for size, kind in self.arrays(dtype).values()]
+        moved += [result for result in OPS[self.op].module("spec").output_shapes(spec, *inputs) if result is not None]
+        return float(sum(prod(size) * numpy_dtype(kind).itemsize for size, kind in moved))
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of that name, bfloat16 and float8 among them."""
+    return np.dtype(getattr(ml_dtypes, name, name))

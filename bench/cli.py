@@ -88,7 +88,7 @@ def verify_command(
 
     console = _console()
     frameworks = _known(framework, "--framework", ["torch", "jax"])
-    kernels = _known(kernel, "--kernel", list(verify.DTYPES))
+    kernels = _known(kernel, "--kernel", list(verify.KERNELS))
     ops = _known(op, "--op", list(dict.fromkeys(case.op for case in CASES)))
     try:
         with bars(console) as progress:

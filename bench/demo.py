@@ -47,7 +47,7 @@ class Proof:
 def demo(folder: Path, seconds: float, console: Console) -> bool:
     """Do it all and write the report. Whether the losses fell, the kernels agree and every compilation is in budget."""
     started = time.perf_counter()
-    kernels, targets = list(verifying.DTYPES), list(TARGETS)
+    kernels, targets = list(verifying.KERNELS), list(TARGETS)
     if sys.platform != "linux":
         kernels.remove("triton")
         targets.clear()

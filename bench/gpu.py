@@ -46,11 +46,20 @@ Argument = tuple[str, object, list[list[object]]]
 
 
 def compile_plan(plan: Plan, target_name: str) -> tuple[KernelFacts, ...]:
-    """The facts of every kernel of the plan, in the order of its launches; launches of an empty grid have none."""
+    """The facts of every program of the plan, in the order of its launches; those of an empty grid have none.
+
+    Launches of one program, which differ in numbers that it is not specialised for, count once.
+    """
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     target = get_target(target_name)
     arrays = {**plan.inputs, **plan.outputs, **plan.scratch}
-    return tuple(_compile(launch, arrays, target) for launch in plan.launches if all(launch.grid))
+    programs: dict[str, KernelFacts] = {}
+    for launch in plan.launches:
+        how = launch.kernel.__name__, launch.num_warps, launch.num_stages, launch.outputs
+        program = repr((how, specialise(launch, arrays, target)))
+        if all(launch.grid) and program not in programs:
+            programs[program] = _compile(launch, arrays, target)
+    return tuple(programs.values())
 
 
 def _compile(launch: Launch, arrays: dict[str, Array], target: Target) -> KernelFacts:

@@ -197,7 +197,9 @@ def _short(instruction: str) -> str:
 
 def _roofline(target: Target, found: Sequence[Bound]) -> dict[str, Any]:
     mine = [item for item in found if item.target == target.name]
-    points = [(item.shape.name, item.intensity, item.tflops, _OP_COLOURS[item.shape.op]) for item in mine]
+    points = [
+        (item.shape.name, item.intensity, item.tflops, _OP_COLOURS[item.shape.op]) for item in mine if item.tflops
+    ]
     return {
         "target": target,
         "chart": roofline_chart(target.bf16_tflops, target.bandwidth, points, target.name),

@@ -39,11 +39,11 @@ class Bound:
 
 def bound(shape: Shape, target: Target, dtype: str = "bfloat16") -> Bound:
     """The roofline of one shape on one chip; the peak is that of bfloat16 and float16."""
-    intensity = shape.flops / shape.bytes(dtype)
-    by_memory = intensity * target.bandwidth / 1e3
-    tflops = min(target.bf16_tflops, by_memory)
-    limit = "compute" if target.bf16_tflops <= by_memory else "memory"
-    return Bound(target.name, shape, intensity, tflops, shape.flops / tflops / 1e6, limit)
+    moved = shape.bytes(dtype)
+    by_compute, by_memory = shape.flops / target.bf16_tflops / 1e6, moved / target.bandwidth / 1e3
+    microseconds = max(by_compute, by_memory)
+    limit = "compute" if by_compute >= by_memory else "memory"
+    return Bound(target.name, shape, shape.flops / moved, shape.flops / microseconds / 1e6, microseconds, limit)
 
 
 def bounds(targets: Sequence[Target] = tuple(TARGETS.values()), shapes: Sequence[Shape] | None = None) -> list[Bound]:

@@ -58,10 +58,10 @@ class Shape(ABC):
         return dict(arrays)
 
     def prepare(self, dtype: str) -> tuple[Any, tuple[Any, ...]]:
-        """The spec and the kernels' inputs as the public function makes them, of NumPy arrays that nobody fills."""
+        """The spec and the kernels' inputs as the public function makes them, of NumPy arrays of zeros."""
         from crosstile import arguments
 
-        arrays = {name: np.empty(size, numpy_dtype(kind)) for name, (size, kind) in self.arrays(dtype).items()}
+        arrays = {name: np.zeros(size, numpy_dtype(kind)) for name, (size, kind) in self.arrays(dtype).items()}
         spec, inputs = arguments.PREPARE[self.function](**self.call(arrays))
         spec, inputs, _ = arguments.CANONICAL[self.op](np, spec, inputs)
         return spec, inputs

@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .cases import Case, Frameworks, frameworks
+from .case import Case, Frameworks, frameworks
 
 EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _LARGEST_OWN = 16  # units in the last place that the framework's own op may add; where it overflows it excuses nothing
-# Triton 3.9 interprets bfloat16 wrongly, and TPUs have no float16: each kernel is checked in the precisions it serves.
-DTYPES = {"triton": ("float32", "float16"), "pallas": ("float32", "bfloat16"), "library": ("float32", "bfloat16")}
+KERNELS = ("triton", "pallas", "library")
+DTYPES = ("float32", "bfloat16")  # those that every chip has
 _COMMANDS = {"torch": "pip install 'crosstile[torch]'", "jax": "pip install 'crosstile[jax]'"}
 _PACKAGES = {"triton": ("triton", "pip install 'crosstile[triton]'"), "pallas": ("jax", _COMMANDS["jax"])}
 
@@ -63,7 +63,7 @@ def verify(chosen: Sequence[str], kernels: Sequence[str], cases: Sequence[Case],
         for side in frameworks(chosen)
         for kernel in kernels
         for case in cases
-        for dtype in DTYPES[kernel]
+        for dtype in DTYPES
     ]
     found: list[Check] = []
     task = progress.add_task("verify", total=len(cells), current="")

@@ -11,7 +11,7 @@ from crosstile.cross_entropy import linear_cross_entropy, linear_cross_entropy_s
 from crosstile.dispatch import explain, supports, target, use
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.merge import merge_attention
-from crosstile.ops import attention, layer_norm, matmul, rms_norm, rotary, varlen_attention
+from crosstile.ops import attention, glu_matmul, layer_norm, matmul, rms_norm, rotary, varlen_attention
 from crosstile.paged import paged_attention
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __all__ = [
     "UnsupportedError",
     "attention",
     "explain",
+    "glu_matmul",
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_shard",

@@ -160,6 +160,7 @@ def _prepare_beside(
         mask=scores.mask,
         plane_gradients=scores.gradients,
         dropout=dropout or 0.0,
+        has_lengths=q_lengths is not None or kv_lengths is not None,
         weight=scores.weight,
     )
     by_item = [None if array is None else side.as_int32(array) for array in integers]
@@ -198,6 +199,13 @@ def prepare_matmul(
 def prepare_paged_attention(*args: Any, **kwargs: Any) -> Any:
     """The spec and the arrays of a call: see `crosstile.paged`."""
     from crosstile.paged import prepare_paged_attention as prepare
+
+    return prepare(*args, **kwargs)
+
+
+def prepare_glu_matmul(*args: Any, **kwargs: Any) -> Any:
+    """The spec and the arrays of a call: see `crosstile.glu_arguments`."""
+    from crosstile.glu_arguments import prepare_glu_matmul as prepare
 
     return prepare(*args, **kwargs)
 
@@ -248,6 +256,7 @@ PREPARE: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
     "varlen_attention": prepare_varlen_attention,
     "paged_attention": prepare_paged_attention,
     "matmul": prepare_matmul,
+    "glu_matmul": prepare_glu_matmul,
     "rms_norm": prepare_rms_norm,
     "layer_norm": prepare_layer_norm,
     "rotary": prepare_rotary,
@@ -285,6 +294,13 @@ def canonical_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, 
     return spec, (a, b, bias, residual), shape
 
 
+def canonical_glu_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
+    """The arrays with one leading batch each, and the shape to give the result: see `crosstile.glu_arguments`."""
+    from crosstile.glu_arguments import canonical_glu_matmul as canonical
+
+    return canonical(xp, spec, arrays)
+
+
 def canonical_rotary(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
     """The arrays with one leading batch each: see `crosstile.rotary_arguments`."""
     from crosstile.rotary_arguments import canonical_rotary as canonical
@@ -304,6 +320,7 @@ CANONICAL: dict[str, Callable[..., Any]] = {
     "linear_cross_entropy": canonical_attention,
     "paged_attention": canonical_attention,
     "matmul": canonical_matmul,
+    "glu_matmul": canonical_glu_matmul,
     "norm": canonical_norm,
     "rotary": canonical_rotary,
 }

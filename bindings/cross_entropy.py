@@ -234,9 +234,7 @@ def _prepare(
         raise ValueError(f"weight: got {show(weight.shape)}; vocab and features must be at least 1")
     if tuple(targets.shape) != tuple(lead):
         raise ValueError(f"targets: got {show(targets.shape)}; it must be {show(lead)}, as hidden without its features")
-    spec = LinearCrossEntropySpec(
-        dtype, features, None if softcap is None else arguments.check_softcap(softcap), sums, framework != "jax"
-    )
+    spec = LinearCrossEntropySpec(dtype, features, None if softcap is None else arguments.check_softcap(softcap), sums)
     xp = _namespace(framework)
     local = _wide_integers(targets)
     counted, local = local != ignore_index, local - start

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from crosstile.kernels import attention, linear_cross_entropy, matmul, norm, paged_attention, rotary
+from crosstile.kernels import attention, glu_matmul, linear_cross_entropy, matmul, norm, paged_attention, rotary
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import show
 from crosstile.kernels.tiles.targets import INTERPRET, Target, get_target
@@ -91,6 +91,7 @@ OPS = {
     op.name: op
     for op in (
         Op("attention", attention),
+        Op("glu_matmul", glu_matmul),
         Op("linear_cross_entropy", linear_cross_entropy),
         Op("matmul", matmul),
         Op("norm", norm),
@@ -152,12 +153,14 @@ def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
 def _framework_of(op: Op, arrays: tuple[Any, ...]) -> str:
     """That of the op's arrays, beside which those that the host may know can be NumPy's."""
     known: tuple[str, ...] = getattr(op.module("spec"), "KNOWN_TO_HOST", ())
-    if not known:
-        return framework_of(op.inputs, arrays)
-    pairs = list(zip(op.inputs, arrays, strict=True))
-    kept = [pair for pair in pairs if pair[0] not in known or _framework(pair[1]) != "numpy"]
-    names, others = zip(*kept, strict=True)
-    return framework_of(names, others)
+    if known and any(array is not None for array in arrays[-len(known) :]):
+        kept = [
+            (name, array)
+            for name, array in zip(op.inputs, arrays, strict=True)
+            if name not in known or _framework(array) != "numpy"
+        ]
+        return framework_of(*map(tuple, zip(*kept, strict=True)))
+    return framework_of(op.inputs, arrays)
 
 
 def _framework(array: Any) -> str | None:

@@ -262,6 +262,9 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
         if not all(launch.grid):  # nothing to compute: its outputs have no elements
             memory |= {name: jnp.zeros(described[name].shape, described[name].dtype) for name in launch.outputs}
             continue
+        for name in set(launch.inputs).intersection(described).difference(memory):  # a first part of it is written
+            memory[name] = jnp.zeros(described[name].shape, described[name].dtype)
+        present = [name for name in launch.inputs if name]
         results = jax_triton.triton_call(
             *(memory[name] if name else 1 for name in launch.inputs),  # the kernels never read an absent array
             kernel=launch.kernel,
@@ -270,6 +273,9 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             compute_capability=target.capability or None,
+            input_output_aliases={
+                present.index(name): number for number, name in enumerate(launch.outputs) if name in present
+            },
             **launch.numbers,
             **launch.constants,
         )

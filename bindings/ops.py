@@ -30,7 +30,7 @@ def attention(
     sinks: Any = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
-    dropout: float = 0.0,
+    dropout: float | None = None,
     dropout_seed: Any = None,
     q_scale: Any = None,
     k_scale: Any = None,
@@ -68,7 +68,7 @@ def attention(
         score_mod: `f(score, b, h, i, j)`, a changed score; see `crosstile.mods`.
         mask_mod: `f(b, h, i, j)`, whether query i sees key j; see `crosstile.mods`.
         dropout: the share of the weights that is dropped, from 0 to less than 1; those that stay are divided by
-            `1 - dropout`. The logsumexp is that of all.
+            `1 - dropout`. The logsumexp is that of all. None drops nothing.
         dropout_seed: an integer of up to 64 bits, or an integer array of one, or of its two words [2]: which weights
             are dropped is a function of it and of (b, h, i, j), in every implementation and on every chip
             (`kernels/tiles/philox.py`).
@@ -144,7 +144,7 @@ def varlen_attention(
     sinks: Any = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
-    dropout: float = 0.0,
+    dropout: float | None = None,
     dropout_seed: Any = None,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -231,6 +231,45 @@ def matmul(
         a, b, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype
     )
     return dispatch.run(dispatch.OPS["matmul"], spec, arrays, implementation, config)[0]
+
+
+def glu_matmul(
+    x: Any,
+    w_gate: Any,
+    w_up: Any,
+    *,
+    activation: str = "silu",
+    implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """`activation(x @ w_gate) * (x @ w_up)`, in one kernel that reads x once.
+
+    Args:
+        x: `[..., m, k]`, float32, float16 or bfloat16, any strides.
+        w_gate: `[k, n]`, x's dtype, any strides: the weight `[n, k]` of a `torch.nn.Linear` comes as `weight.T`.
+        w_up: `[k, n]`, the same.
+        activation: "relu", "gelu" (exact), "gelu_tanh" or "silu", computed in float32.
+        implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
+        config: a `GluMatmulConfig`, the tiles of this call.
+
+    Returns:
+        `[..., m, n]` of x's dtype, summed and gated in float32 and rounded once; differentiable in x, w_gate and w_up.
+        A call that is to be differentiated also keeps both products, in x's dtype.
+
+    Raises:
+        TypeError: arrays of two frameworks or two dtypes, or of a dtype that is not a float.
+        ValueError: shapes that do not fit, or an unknown activation; the message names the argument.
+        crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
+
+    Algorithm: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202).
+
+    >>> import numpy as np
+    >>> x, w_gate, w_up = np.ones((2, 3)), np.eye(3, 4), 2 * np.ones((3, 4))
+    >>> glu_matmul(x, w_gate, w_up, activation="relu")[0].tolist()
+    [6.0, 6.0, 6.0, 0.0]
+    """
+    spec, arrays = arguments.prepare_glu_matmul(x, w_gate, w_up, activation=activation)
+    return dispatch.run(dispatch.OPS["glu_matmul"], spec, arrays, implementation, config)[0]
 
 
 def rms_norm(

@@ -41,6 +41,7 @@ class AttentionSpec:
         dropout: the share of the weights that is dropped; those that stay are divided by `1 - dropout`.
         weight: by what a weight is multiplied before the product with v, from 0 to 1; None leaves it.
         result_dtype: of the result, where that is not dtype.
+        has_lengths: whether batch items have their own lengths, which takes registers.
         plane_gradients: the slots of the planes that want a gradient.
         return_lse: whether the caller wants the logsumexp (kernels compute it in any case).
     """
@@ -59,6 +60,7 @@ class AttentionSpec:
     max_seqlen_k: int | None = None
     plane_gradients: tuple[int, ...] = ()
     dropout: float = 0.0
+    has_lengths: bool = False
     weight: Expression | None = None
     result_dtype: str | None = None
 

@@ -95,12 +95,12 @@ _GPU_TILES = {
 }
 
 
-# The same where expressions, planes, dropout, a window's left edge or packed sequences need registers too. On AMD a
+# The same where expressions, planes, dropout, a window's left edge, lengths or packing need registers too. On AMD a
 # mask takes a pair of scalar registers for every score of a thread, and there are 106: narrow tiles have few.
 _GPU_TILES_OF_SCORES = {
     "sm_80": {
         64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 32, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+        128: ((128, 32, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
     },
     "sm_90": {
         64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
@@ -123,13 +123,26 @@ _GPU_TILES_OF_SCORES = {
 }
 
 
+# And where a mask of expressions, or dropout, needs still more.
+_GPU_TILES_OF_MASKS = {
+    "sm_90": {128: ((128, 64, 8, 3), (32, 64, 8, 2), (128, 64, 8, 2))},
+    "gfx950": {128: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 8, 1))},
+}
+
+
 def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     name = f"{target.platform} float32" if spec.dtype == "float32" else target.name
     table = _GPU_TILES[name]
     width = max(spec.head_dim, spec.v_dim)
     bucket = min(size for size in table if width <= size)
-    if spec.dropout or any(given is not None for given in (spec.score, spec.mask, spec.left, spec.max_seqlen_q)):
+    if (
+        spec.dropout
+        or spec.has_lengths
+        or any(given is not None for given in (spec.score, spec.mask, spec.left, spec.max_seqlen_q))
+    ):
         table = {**table, **_GPU_TILES_OF_SCORES.get(name, {})}
+    if spec.dropout or spec.mask is not None:
+        table = {**table, **_GPU_TILES_OF_MASKS.get(name, {})}
     return AttentionConfig(*(AttentionTiles(*tiles) for tiles in table[bucket]))
 
 
@@ -150,7 +163,9 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
         if target.matrix_unit == 256:
             forward, backward = (128, 256), (128, 128)
     elif target.matrix_unit == 256:
-        forward, backward = (128, 512) if expressions else (256, 256), (128, 512)
+        forward, backward = (256, 256) if spec.score is None else (128, 512), (128, 512)
+        if spec.mask is not None:
+            forward = (128, 256)
     else:
         forward, backward = (128, 512 if expressions or spec.left is not None else 1024), (128, 512)
     return AttentionConfig(AttentionTiles(*forward), AttentionTiles(*backward), AttentionTiles(*backward))

@@ -181,7 +181,7 @@ def _forward_kernel(
     score_scale, log2_scale, kept_share, q_size, kv_size, q_heads, sequences,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
-    RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr,
+    VALUE_SCALES: tl.constexpr, RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr, WEIGHT: tl.constexpr, EXPONENT: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
 ):  # fmt: skip
@@ -259,7 +259,7 @@ def _forward_kernel(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if DROPOUT is not None:
         acc = acc / kept_share
-    if value_scales is not None:
+    if VALUE_SCALES:
         acc = acc * tl.load(value_scales + batch * q_heads + head)
     out = advance(advance(out, batch * tl.cast(q_size, tl.int64), q_heads * V_DIM), head, V_DIM)
     rows_written = q_size
@@ -314,6 +314,7 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         **score_constants(spec, given),
         **size_constants(spec, tiles, given, outputs["out"]),
         "SINKS": given.sinks is not None,
+        "VALUE_SCALES": given.value_scales is not None,
         "RUNS": given.forward_runs is not None,
         "WEIGHT": constant(spec.weight),
         "EXPONENT": spec.weight_exponent,

@@ -37,15 +37,12 @@ class LinearCrossEntropySpec:
         features: the last dimension of hidden and weight.
         softcap: a logit becomes `softcap * tanh(logit / softcap)`; None leaves it.
         sums: whether the caller wants logit_sum.
-        in_place: whether a launch may write a part of an array and leave the rest as it was. JAX's arrays cannot be
-            changed, and there the Triton backward computes all of the vocabulary in one part.
     """
 
     dtype: str
     features: int
     softcap: float | None = None
     sums: bool = False
-    in_place: bool = True
 
 
 SPEC = LinearCrossEntropySpec

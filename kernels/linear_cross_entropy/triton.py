@@ -29,8 +29,6 @@ def supports(spec: LinearCrossEntropySpec, target: Target, needs_grad: bool) -> 
     reasons = []
     if spec.dtype not in DTYPES:
         reasons.append(f"dtype: got {spec.dtype}; the Triton kernels take {', '.join(DTYPES)}")
-    elif spec.dtype == "bfloat16" and target.interpreted:
-        reasons.append("dtype: Triton's interpreter computes bfloat16 wrongly; use float16 or float32 on a CPU")
     if target.is_tpu:
         reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
     return tuple(reasons)

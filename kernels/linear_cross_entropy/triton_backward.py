@@ -71,8 +71,8 @@ def backward(
     rows = dict(zip(STATISTICS, (outputs[0], *gradients), strict=True))
     arrays = {"hidden": hidden, "weight": weight, "targets": targets}
     arrays |= {name: row for name, row in rows.items() if row is not None}
-    part_tokens = min(config.part_tokens, tokens) if spec.in_place else tokens
-    part_vocab = min(config.part_vocab, vocab) if spec.in_place else vocab
+    part_tokens = min(config.part_tokens, tokens)
+    part_vocab = min(config.part_vocab, vocab)
     shared = part_tokens == tokens
     width = part_vocab if shared else part_vocab * (tokens // part_tokens)  # of a part of dhidden: as large in memory
 
@@ -181,7 +181,7 @@ def _store_gradient(
 
 @triton.jit(do_not_specialize=["m", "k", "b_first", "b_count", "out_first", "previous_first"])
 def _product(
-    a, b, targets, previous, out,
+    a, b, targets, previous, kept, out,
     m, n, k, b_first, b_count, out_first, previous_first,
     a_batch, a_row, a_col, b_batch, b_row, b_col, targets_batch, targets_row, previous_batch, out_batch,
     TARGETS: tl.constexpr, ACCUMULATES: tl.constexpr, WIDE: tl.constexpr,
@@ -189,7 +189,8 @@ def _product(
 ):  # fmt: skip
     """One tile of `a @ b`, added to `previous` if there is one: m rows of `out`, a [m, k], b [k, n] from row b_first.
 
-    b has b_count rows, and what would lie past them counts as 0, as does the row of a token that does not count.
+    b has b_count rows, and what would lie past them counts as 0, as does the row of a token that does not count. `kept`
+    is `out` where only a part of it is written: a launch is given what it leaves as it was.
     """
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles_m = tl.cdiv(m, BLOCK_M)
@@ -325,7 +326,13 @@ def _product_launch(
     return Launch(
         _product,
         (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
-        inputs=("dlogits", b_name, "targets" if targets else "", previous.name if previous else ""),
+        inputs=(
+            "dlogits",
+            b_name,
+            "targets" if targets else "",
+            previous.name if previous else "",
+            out.name if m < out.count else "",
+        ),
         outputs=(out.name,),
         numbers={
             "m": m,

@@ -11,7 +11,6 @@ along k it would reach everything, so the last step reads no further than k.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,13 +21,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.pallas_activations import activate, derivative
-from ..tiles.pallas_tiles import LANES, call_params, contract, fit_block
+from ..tiles.pallas_tiles import (
+    LANES,
+    LOW_PRODUCTS,
+    call_params,
+    contract,
+    elementwise_piece,
+    fit_block,
+    in_chunks,
+    in_pieces,
+    split_parts,
+)
 from ..tiles.targets import Target
 from .spec import MatmulSpec
 from .tiles import MatmulConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU compiler multiplies; interpreted, float16 too
-LOW_PRODUCTS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # of the parts of a and b, beside the leading (0, 0)
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 512, 512  # the tile of the kernel that only reads, scales and sums
 
 
@@ -139,7 +147,7 @@ def _product(
         steps=steps,
         tail=k - (steps - 1) * block_k,
         columns=target.matrix_unit or LANES,
-        piece=_piece(target),
+        piece=elementwise_piece(target),
     )
     results = pl.pallas_call(
         kernel,
@@ -179,8 +187,8 @@ def _product_kernel(
     a is used as it lies, or first written to a_parts: turned round, and float32 as a sum of three bfloat16.
     """
     step = pl.program_id(3)
-    a_refs = [a_ref] if a_parts is None else _split(a_ref, a_parts, piece, transpose_a)
-    b_refs = [b_ref] if b_parts is None else _split(b_ref, b_parts, piece)
+    a_refs = [a_ref] if a_parts is None else split_parts(a_ref, a_parts, piece, transpose_a)
+    b_refs = [b_ref] if b_parts is None else split_parts(b_ref, b_parts, piece)
 
     def multiply(length: int) -> None:
         """Add the product over the first `length` of this step's k to the sums."""
@@ -203,7 +211,7 @@ def _product_kernel(
                     add(low_ref, p, q, cols, first=index == 0)
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
-        _in_chunks(out_ref.shape[1], columns, multiply_columns)
+        in_chunks(out_ref.shape[1], columns, multiply_columns)
 
     block_k = a_ref.shape[0 if transpose_a else 1]
     if tail == block_k:
@@ -226,27 +234,7 @@ def _product_kernel(
             out += residual_ref[rows, cols].astype(jnp.float32)
         out_ref[rows, cols] = out.astype(out_ref.dtype)
 
-    pl.when(step == steps - 1)(lambda: _in_pieces(out_ref.shape, piece, finish))
-
-
-def _split(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bool = False) -> list[Any]:
-    """Write a block as a sum of parts, [parts, rows, columns], turned round where asked.
-
-    Three bfloat16 hold all 24 bits of a float32. Six products of them, those down to 2**-16 of the largest, give the
-    float32 product (Henry, Tang & Heinecke, arXiv:1904.06376). The compiler's own split spills, having no room for it.
-    """
-    count = parts_ref.shape[0]
-
-    def write(rows: Any, cols: Any) -> None:
-        rest = block_ref[cols, rows].T if turn else block_ref[rows, cols]
-        for index in range(count):
-            part = rest.astype(parts_ref.dtype)
-            parts_ref[index, rows, cols] = part
-            if count > 1:
-                rest = rest - part.astype(jnp.float32)
-
-    _in_pieces(parts_ref.shape[1:], (LANES, LANES) if turn else piece, write)
-    return [parts_ref.at[index] for index in range(count)]
+    pl.when(step == steps - 1)(lambda: in_pieces(out_ref.shape, piece, finish))
 
 
 def _dz(
@@ -264,7 +252,7 @@ def _dz(
     tile = pl.BlockSpec((None, block_m, block_n), lambda b, j, i: (b, i, j))
     optional = None if struct is None else tile
     sums, dz = pl.pallas_call(
-        partial(_dz_kernel, activation=spec.activation, m=m, piece=_piece(target)),
+        partial(_dz_kernel, activation=spec.activation, m=m, piece=elementwise_piece(target)),
         grid=(batch, pl.cdiv(n, block_n), pl.cdiv(m, block_m)),
         in_specs=[tile, optional],
         out_specs=[pl.BlockSpec((None, 1, block_n), lambda b, j, i: (b, 0, j)), optional],
@@ -303,36 +291,9 @@ def _dz_kernel(
             dz = jnp.where(row < m, dz, 0)
         sums_ref[:, cols] += jnp.sum(dz, axis=0, keepdims=True)
 
-    _in_pieces(dout_ref.shape, piece, scale)
+    in_pieces(dout_ref.shape, piece, scale)
 
 
 def _block(name: str, block: int, size: int, target: Target) -> int:
     """The whole of an array's dimension if the block holds it, else blocks of even size."""
     return size if size <= block else fit_block(name, block, size, target)
-
-
-def _piece(target: Target) -> tuple[int, int]:
-    """Rows and columns that an elementwise loop takes at a time: with every intermediate value they fill the registers.
-
-    TPU v4 has 32 vector registers of [8, 128] float32, the later chips 64. An interpreter has none, and slow loops.
-    """
-    return {"v4": (16, 256), "interpret": (64, 512)}.get(target.name, (16, 512))
-
-
-def _in_pieces(shape: tuple[int, int], piece: tuple[int, int], body: Callable[[Any, Any], None]) -> None:
-    """Run an elementwise body on pieces of a tile, so that nothing goes to memory between load and store."""
-    _in_chunks(shape[0], piece[0], lambda rows: _in_chunks(shape[1], piece[1], lambda cols: body(rows, cols)))
-
-
-def _in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
-    """Run the body on slices of that many rows or columns, and on what is left."""
-
-    def step(index: jax.Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
-
-    if size // chunk == 1:
-        body(pl.ds(0, chunk))
-    elif size > chunk:
-        lax.fori_loop(0, size // chunk, step, None)
-    if size % chunk:
-        body(pl.ds(size // chunk * chunk, size % chunk))

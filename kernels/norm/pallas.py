@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, fold, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, fold, in_chunks, vmem_budget
 from ..tiles.targets import MIB, Target
 from .spec import NormSpec
 from .tiles import NormConfig
@@ -146,7 +146,7 @@ def _forward_kernel(
                 total = x_ref[rows, cols].astype(jnp.float32) + residual_ref[rows, cols].astype(jnp.float32)
                 summed_ref[rows, cols] = total.astype(summed_ref.dtype)
 
-            _in_chunks(hidden, width, add)
+            in_chunks(hidden, width, add)
         mean, factor = _moments(spec, source_ref, rows, width)
 
         def finish(cols: Any) -> None:
@@ -155,9 +155,9 @@ def _forward_kernel(
                 result += bias_ref[:, cols].astype(jnp.float32)
             y_ref[rows, cols] = result.astype(y_ref.dtype)
 
-        _in_chunks(hidden, width, finish)
+        in_chunks(hidden, width, finish)
 
-    _in_chunks(block_rows, ROWS, some_rows)
+    in_chunks(block_rows, ROWS, some_rows)
 
 
 def _backward_kernel(
@@ -181,7 +181,7 @@ def _backward_kernel(
     def _start() -> None:
         for sums_ref in (dweight_ref, dbias_ref):
             if sums_ref is not None:
-                _in_chunks(hidden, width, partial(_clear, sums_ref))
+                in_chunks(hidden, width, partial(_clear, sums_ref))
 
     def some_rows(at: Any) -> None:
         mean, factor = _moments(spec, x_ref, at, width)
@@ -209,9 +209,9 @@ def _backward_kernel(
                 result += dsummed_ref[at, cols].astype(jnp.float32)
             dx_ref[at, cols] = result.astype(dx_ref.dtype)
 
-        _in_chunks(hidden, width, finish)
+        in_chunks(hidden, width, finish)
 
-    _in_chunks(block_rows, ROWS, some_rows)
+    in_chunks(block_rows, ROWS, some_rows)
 
 
 def _clear(sums_ref: Any, cols: Any) -> None:
@@ -285,17 +285,3 @@ def _block_rows(config: NormConfig, rows: int) -> int:
     if config.block_rows < 1 or config.block_rows % ROWS:
         raise ValueError(f"config: block_rows is {config.block_rows}; it must be a positive multiple of {ROWS}")
     return min(config.block_rows, rows)
-
-
-def _in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
-    """Run the body on slices of that many rows or columns, and on what is left."""
-
-    def step(index: jax.Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
-
-    if size // chunk == 1:
-        body(pl.ds(0, chunk))
-    elif size > chunk:
-        lax.fori_loop(0, size // chunk, step, None)
-    if size % chunk:
-        body(pl.ds(size // chunk * chunk, size % chunk))

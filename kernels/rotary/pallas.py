@@ -7,7 +7,6 @@ the other end belongs to no pair there, and is not taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from math import lcm
 from typing import Any
@@ -15,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, pad_to, round_up, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, in_chunks, pad_to, round_up, vmem_budget
 from ..tiles.targets import MIB, Target
 from .spec import RotarySpec
 from .tiles import RotaryConfig
@@ -157,7 +155,7 @@ def _kernel(roles_ref: Any, cos_ref: Any, sin_ref: Any, *refs: Any, spec: Rotary
 
     def some_rows(rows: Any) -> None:
         for x_ref, out_ref in zip(refs[: len(refs) // 2], refs[len(refs) // 2 :], strict=True):
-            _in_chunks(x_ref.shape[1], width, partial(some_heads, x_ref, out_ref, rows))
+            in_chunks(x_ref.shape[1], width, partial(some_heads, x_ref, out_ref, rows))
 
     def some_heads(x_ref: Any, out_ref: Any, rows: Any, cols: Any) -> None:
         x = x_ref[rows, cols].astype(jnp.float32)
@@ -168,7 +166,7 @@ def _kernel(roles_ref: Any, cos_ref: Any, sin_ref: Any, *refs: Any, spec: Rotary
             out = jnp.where(role == ALONE, x, out)
         out_ref[rows, cols] = out.astype(out_ref.dtype)
 
-    _in_chunks(length, height, some_rows)
+    in_chunks(length, height, some_rows)
 
 
 def _height(width: int, target: Target) -> int:
@@ -185,17 +183,3 @@ def _partners(spec: RotarySpec, x: jax.Array, role: jax.Array) -> jax.Array:
         return before
     after = pltpu.roll(x, width - apart, 1)
     return jnp.where(role == FIRST, after, before)
-
-
-def _in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
-    """Run the body on slices of that many rows or columns, and on what is left."""
-
-    def step(index: jax.Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
-
-    if size // chunk == 1:
-        body(pl.ds(0, chunk))
-    elif size > chunk:
-        lax.fori_loop(0, size // chunk, step, None)
-    if size % chunk:
-        body(pl.ds(size // chunk * chunk, size % chunk))

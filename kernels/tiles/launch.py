@@ -41,7 +41,8 @@ class Launch:
         kernel: the `triton.jit` function.
         grid: one to three sizes; a launch of size 0 is skipped.
         inputs: names of the arrays it reads, in the kernel's order; "" for an absent one, which is passed as None.
-        outputs: names of the arrays it writes, which follow the inputs.
+        outputs: names of the arrays it writes, which follow the inputs. One that is an input too is changed in place,
+            and what the kernel does not write stays.
         numbers: lengths, strides and scales, by parameter name; they change without a new compilation. None is a
             constant: what belongs to an array that is not there.
         constants: the constexpr parameters, by name.
@@ -66,7 +67,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Launches in order; every output and scratch array is written whole before it is read.
+    """Launches in order; every output and scratch array is written before it is read, and whole in the end.
 
     Attributes:
         inputs: the arrays that the caller passes, by name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import gcd
@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .targets import MIB, Target
@@ -17,6 +19,7 @@ from .targets import MIB, Target
 SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+LOW_PRODUCTS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # of the parts of two float32, beside the leading (0, 0)
 
 _interpreter: ContextVar[Any] = ContextVar("interpreter", default=True)
 
@@ -139,3 +142,50 @@ def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     numbers = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
+
+
+def in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
+    """Run the body on slices of that many rows or columns, and on what is left."""
+
+    def step(index: jax.Array, _: None) -> None:
+        body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
+
+    if size // chunk == 1:
+        body(pl.ds(0, chunk))
+    elif size > chunk:
+        lax.fori_loop(0, size // chunk, step, None)
+    if size % chunk:
+        body(pl.ds(size // chunk * chunk, size % chunk))
+
+
+def elementwise_piece(target: Target) -> tuple[int, int]:
+    """Rows and columns that an elementwise loop takes at a time: with every intermediate value they fill the registers.
+
+    TPU v4 has 32 vector registers of [8, 128] float32, the later chips 64. An interpreter has none, and slow loops.
+    """
+    return {"v4": (16, 256), "interpret": (64, 512)}.get(target.name, (16, 512))
+
+
+def in_pieces(shape: tuple[int, int], piece: tuple[int, int], body: Callable[[Any, Any], None]) -> None:
+    """Run an elementwise body on pieces of a tile, so that nothing goes to memory between load and store."""
+    in_chunks(shape[0], piece[0], lambda rows: in_chunks(shape[1], piece[1], lambda cols: body(rows, cols)))
+
+
+def split_parts(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bool = False) -> list[Any]:
+    """Write a block as a sum of parts, [parts, rows, columns], turned round where asked.
+
+    Three bfloat16 hold all 24 bits of a float32. Six products of them, those down to 2**-16 of the largest, give the
+    float32 product (Henry, Tang & Heinecke, arXiv:1904.06376). The compiler's own split spills, having no room for it.
+    """
+    count = parts_ref.shape[0]
+
+    def write(rows: Any, cols: Any) -> None:
+        rest = block_ref[cols, rows].T if turn else block_ref[rows, cols]
+        for index in range(count):
+            part = rest.astype(parts_ref.dtype)
+            parts_ref[index, rows, cols] = part
+            if count > 1:
+                rest = rest - part.astype(jnp.float32)
+
+    in_pieces(parts_ref.shape[1:], (LANES, LANES) if turn else piece, write)
+    return [parts_ref.at[index] for index in range(count)]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import doctest
 import itertools
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -452,3 +455,22 @@ def test_merging_what_does_not_fit(parts, options, message):
 def test_a_shard_wants_to_know_where_it_starts():
     with pytest.raises(ValueError, match="vocab_start: got -1; it must not be negative"):
         linear_cross_entropy_shard(*make(), vocab_start=-1)
+
+
+@pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
+def test_jax_on_a_gpu_keeps_a_part_of_the_gradient_of_the_logits():
+    """Launches that write a part of dweight are given the whole, and no array is as large as the logits."""
+    tokens, features, vocab = 4096, 64, 8192
+    structs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((tokens, features), (vocab, features))]
+    targets = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+    def loss(hidden, weight, targets):
+        return crosstile.linear_cross_entropy(hidden, weight, targets)
+
+    with crosstile.target("sm_90"):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(*structs, targets)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "triton_kernel_call" in line]
+    assert len([line for line in calls if "output_operand_alias" in line]) > 4
+    sizes = [prod(map(int, dims.rstrip("x").split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+)", text)]
+    assert max(sizes) < tokens * vocab // 2

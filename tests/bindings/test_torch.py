@@ -6,6 +6,8 @@ import crosstile
 from crosstile.kernels.attention.spec import AttentionInputs, AttentionSpec
 
 torch = pytest.importorskip("torch")
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+
 from crosstile import torch as glue  # noqa: E402
 
 KERNELS = ["numpy", "triton", "pallas"]
@@ -97,7 +99,7 @@ def test_opcheck(kernel, subject):
 @pytest.mark.parametrize("kernel", [*KERNELS, "library"])
 def test_compile_has_no_graph_break_and_one_graph_for_all_lengths(kernel):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend(kernel), fullgraph=True, backend=counter, dynamic=True)
     for kv_len in (7, 9, 12):
         inputs = attention_leaves(kv_len - 2, kv_len)
@@ -111,7 +113,7 @@ def test_compile_has_no_graph_break_and_one_graph_for_all_lengths(kernel):
 @pytest.mark.parametrize("kernel", [*KERNELS, "library"])
 def test_compile_of_matmul(kernel):
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(multiply(kernel), fullgraph=True, backend=counter, dynamic=True)
     for rows in (4, 9):
         inputs = (leaf(3, rows, 5), leaf(5, 6), leaf(6), leaf(rows, 6))

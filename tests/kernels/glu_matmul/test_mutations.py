@@ -1,0 +1,174 @@
+"""Broken kernels fail the check: each mutation is one plausible mistake, made in a copy of the op's files.
+
+The check is the suite's rule on small problems of several tiles and steps. A copy is a package beside the one it is of,
+so that relative imports and `triton.jit`, which reads the source file, work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from glu_problems import OPERANDS, Problem
+from oracles import multiples
+
+import crosstile.kernels.glu_matmul as package
+from crosstile.kernels.glu_matmul.tiles import GluMatmulConfig, GluMatmulTiles
+from crosstile.kernels.tiles.launch import Array
+from crosstile.kernels.tiles.targets import INTERPRET
+
+pytest.importorskip("triton")
+
+FOLDER = Path(package.__path__[0])
+CONFIG = GluMatmulConfig(*[GluMatmulTiles(16, 16, 16, group_m=2)] * 3)
+CHECKED = {
+    "tails": Problem(m=20, k=24, n=40, batch=1),
+    "batch": Problem(m=20, k=24, n=20, batch=2),
+    "narrow": Problem(m=8, k=16, n=1200, batch=1, dtype="bfloat16"),  # a long sum
+    "wide": Problem(m=20, k=24, n=80, batch=1, activation="relu"),  # tiles that are stored by halves
+}
+CONFIGS = dict.fromkeys(("narrow", "wide"), GluMatmulConfig(*[GluMatmulTiles(16, 64, 16)] * 3))
+_serial = itertools.count()
+
+
+class Mutation(NamedTuple):
+    """One mistake: what is wrong, in which file, the text that is replaced, by what, and on which problem it shows."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    problem: str = "tails"
+
+
+T, P, R = "triton", "pallas", "reference"
+MUTATIONS = (
+    Mutation("up not gated", T, "_store(activate(gate, ACTIVATION) * up,", "_store(activate(gate, ACTIVATION),"),
+    Mutation("gate and up exchanged", T, "_store(activate(gate, ACTIVATION) * up,",
+             "_store(activate(up, ACTIVATION) * gate,"),
+    Mutation("kept in the other order", T, "_store(gate, kept, 2 * batch, ", "_store(up, kept, 2 * batch, "),
+    Mutation("one of both kept for each batch", T, "_store(gate, kept, 2 * batch, ", "_store(gate, kept, batch, ",
+             "batch"),
+    Mutation("k past the end counts", T, "inner_exists = inner < k - start", "inner_exists = inner < k"),
+    Mutation("last step skipped", T, "for start in range(0, k, BLOCK_K):",
+             "for start in range(0, k - BLOCK_K, BLOCK_K):"),
+    Mutation("second by the first's rows", T, "second = advance(second, BLOCK_K, second_row)",
+             "second = advance(second, BLOCK_K, 1)"),
+    Mutation("left half twice", T, "_store(right, out, batch, row, col + left.shape[1]",
+             "_store(left, out, batch, row, col + left.shape[1]", "wide"),
+    Mutation("gate's right half with up's left", T, "_store_gated(gate_right, up_right,",
+             "_store_gated(gate_right, up_left,", "wide"),
+    Mutation("column of the right half", T, "        col += gate_left.shape[1]\n", "        col += 0\n", "wide"),
+    Mutation("dx of gate alone", T, "    sums = _add_product(\n        sums, _element(dz_up,",
+             "    _add_product(\n        sums, _element(dz_up,"),
+    Mutation("dz_up with w_gate", T, "advance(advance(w_up, batch, up_batch), col, up_col)",
+             "advance(advance(w_gate, batch, up_batch), col, up_col)"),
+    Mutation("the other batch's weight", T, "advance(advance(w_up, batch, up_batch)",
+             "advance(advance(w_up, 0, up_batch)", "batch"),
+    Mutation("slope forgotten", T, "* derivative(gate, ACTIVATION)", "* activate(gate, ACTIVATION)"),
+    Mutation("slope of up", T, "derivative(gate, ACTIVATION)", "derivative(up.to(tl.float32), ACTIVATION)"),
+    Mutation("dz_up not bent", T, "dup = gradient * activate(gate, ACTIVATION)", "dup = gradient * gate"),
+    Mutation("dw's results exchanged", T, '("dw_gate", "dw_up"), None)', '("dw_up", "dw_gate"), None)'),
+    Mutation("a group of rows walked twice", T, "first + within % height", "first + within % 1"),
+    Mutation("sums in the narrow type", T, "        left = advance(left, BLOCK_K, 1)\n",
+             "        left = advance(left, BLOCK_K, 1)\n        sums = sums.to(tl.bfloat16).to(tl.float32)\n",
+             "narrow"),
+    Mutation("up not gated", P, "activate(activation, first) * second", "activate(activation, first)"),
+    Mutation("kept in the other order", P, "kept_ref[0, rows, cols] = first", "kept_ref[0, rows, cols] = second"),
+    Mutation("k past the end counts", P, "lambda: multiply(tail)", "lambda: multiply(block_k)"),
+    Mutation("sums not begun", P, "jnp.where(begins, 0, total_ref[:, cols])", "total_ref[:, cols]"),
+    Mutation("up begins anew", P, "(step == 0) & (half == 0)", "step == 0"),
+    Mutation("dz_gate for both", P, "left_ref = dz_ref.at[half]", "left_ref = dz_ref.at[0]"),
+    Mutation("lower parts forgotten", P, "return total + jnp.where(jnp.isnan(low), 0, low)", "return total"),
+    Mutation("plane of the other", P, "plane(0), plane(1)]", "plane(0), plane(0)]"),
+    Mutation("slope forgotten", P, "derivative(activation, gate)", "activate(activation, gate)"),
+    Mutation("gradient in the narrow type", P, "(dout * up * derivative",
+             "(dout.astype(jnp.bfloat16) * up * derivative"),
+    Mutation("sign of the slope", R, "share + x * slope_of_share", "share - x * slope_of_share"),
+    Mutation("dx of gate alone", R, "w_gate.swapaxes(1, 2) +", "w_gate.swapaxes(1, 2) + 0 *"),
+    Mutation("dz_up scaled by the slope", R, "dout * bent", "dout * slope"),
+)  # fmt: skip
+
+
+def mutated(mutation: Mutation, folder: Path) -> ModuleType:
+    """The op's package with the mistake in it."""
+    text = (FOLDER / f"{mutation.file}.py").read_text()
+    assert mutation.old in text, f"{mutation.file}.py has no {mutation.old!r} any more: bring the mutation up to date"
+    for path in FOLDER.glob("*.py"):
+        (folder / path.name).write_text(path.read_text())
+    (folder / f"{mutation.file}.py").write_text(text.replace(mutation.old, mutation.new))
+    name = f"{package.__name__}_mutated_{next(_serial)}"
+    spec = importlib.util.spec_from_file_location(
+        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def worst(op: ModuleType, kernel: str, name: str) -> float:
+    """The largest error on one problem, as a multiple of the allowed."""
+    problem = CHECKED[name]
+    dtype = jax.numpy.dtype(problem.dtype)
+    arrays = {name: array.astype(dtype) for name, array in problem.exact_arrays.items()}
+    run = {T: interpreted, P: traced, R: defined}[kernel]
+    ours = run(op, problem, CONFIGS.get(name, CONFIG), arrays)
+    excess = multiples(ours, problem.answers(problem.dtype), problem.answers(), problem.dtype)
+    return max(np.inf if np.isnan(multiple) else multiple for multiple in excess.values())
+
+
+def interpreted(op: ModuleType, problem: Problem, config: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+    from crosstile.kernels.tiles.triton_interpreter import run
+
+    def describe(name: str) -> Array:
+        array = named[name]
+        return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
+
+    named = dict(arrays)
+    inputs = tuple(map(describe, OPERANDS))
+    plan = op.triton.forward(problem.spec, config, *inputs)
+    named |= dict(zip(plan.outputs, run(plan, arrays), strict=True))
+    outputs = (describe("out"), describe("preactivations"))
+    plan = op.triton.backward(problem.spec, config, inputs, outputs, (describe("dout"), None))
+    results = dict(zip(plan.outputs, run(plan, {name: named[name] for name in plan.inputs}), strict=True))
+    return {"out": named["out"], **results}
+
+
+def traced(op: ModuleType, problem: Problem, config: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+    def run(inputs: Any, dout: Any) -> Any:
+        outputs = op.pallas.forward(problem.spec, config, INTERPRET, *inputs)
+        return outputs[0], op.pallas.backward(problem.spec, config, INTERPRET, inputs, outputs, (dout, None))
+
+    fast = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})
+    return by_name(*fast(tuple(arrays[name] for name in OPERANDS), arrays["dout"]))
+
+
+def defined(op: ModuleType, problem: Problem, config: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+    inputs = tuple(arrays[name] for name in OPERANDS)
+    outputs = op.reference.forward(problem.spec, *inputs)
+    return by_name(outputs[0], op.reference.backward(problem.spec, inputs, outputs, (arrays["dout"], None)))
+
+
+def by_name(out: Any, gradients: tuple[Any, ...]) -> dict[str, Any]:
+    return {"out": out, **{f"d{name}": gradient for name, gradient in zip(OPERANDS, gradients, strict=True)}}
+
+
+@cache
+def sound(kernel: str, name: str) -> float:
+    """The error of the kernel as it is."""
+    return worst(package, kernel, name)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}-{m.name}".replace(" ", "_"))
+def test_the_check_notices(mutation, tmp_path):
+    assert sound(mutation.file, mutation.problem) <= 1
+    assert worst(mutated(mutation, tmp_path), mutation.file, mutation.problem) > 1

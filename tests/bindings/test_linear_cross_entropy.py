@@ -240,7 +240,7 @@ def test_vmap_and_functional_gradients(kernel):
 def test_opcheck(kernel):
     hidden, weight, targets = (torch.from_numpy(x) for x in make(shape=(3,)))
     arguments = (
-        hidden[None].requires_grad_(), weight[None].requires_grad_(), targets[None].int(), 2.0, True, True, kernel,
+        hidden[None].requires_grad_(), weight[None].requires_grad_(), targets[None].int(), 2.0, True, kernel,
         "interpret", None,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.crosstile.linear_cross_entropy.default, arguments)

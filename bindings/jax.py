@@ -21,7 +21,7 @@ from crosstile.dispatch import Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import functions_of
 from crosstile.kernels.tiles.launch import Array, Plan, contiguous
-from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target
+from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, nearest_cuda
 
 _TPU_KINDS = {  # jax's device_kind
     "TPU v4": "v4",
@@ -58,11 +58,6 @@ def target_of(array: Any) -> Target:
     return INTERPRET
 
 
-def nearest_cuda(major: int, minor: int) -> Target:
-    """The CUDA target whose instructions that compute capability has."""
-    return TARGETS["sm_100" if major == 10 else "sm_90" if (major, minor) == (9, 0) else "sm_80"]
-
-
 def _device(array: Any) -> Any:
     if isinstance(array, jax.core.Tracer):
         default = jax.config.jax_default_device  # type: ignore[attr-defined]
@@ -83,6 +78,11 @@ def wants_gradient(array: Any) -> bool:
 def host(like: Any) -> tuple[Any, Any]:
     """The module for arrays that the host knows, and an array like those that it makes."""
     return on_host, np.zeros((), like.dtype)
+
+
+def in_host(array: Any) -> Any:
+    """An array of NumPy's as the host keeps it: as it is."""
+    return array
 
 
 def own(arrays: tuple[Any, ...], like: Any) -> tuple[Any, ...]:

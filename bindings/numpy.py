@@ -82,6 +82,11 @@ def host(like: Any) -> tuple[Any, Any]:
     return sys.modules[__name__], like
 
 
+def in_host(array: Any) -> Any:
+    """An array of NumPy's as the host keeps it: as it is."""
+    return array
+
+
 def as_int32(array: Any) -> Any:
     """Ids, lengths and offsets as kernels read them."""
     return np.ascontiguousarray(array, np.int32)

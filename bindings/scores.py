@@ -80,6 +80,7 @@ class Scores:
 
     def see(self, mask: Any) -> None:
         """A boolean mask that broadcasts to the scores; one of NumPy's is known to the host."""
+        mask = self._in_host(mask)
         self._check_kind("mask", mask, "bool", lambda dtype: dtype == "bool")
         self._both(self._plane("mask", self._spread("mask", mask)))
 
@@ -93,6 +94,7 @@ class Scores:
     def see_segments(self, queries: Any, keys: Any) -> None:
         """A query sees the keys whose segment id is its own: int [batch, q_len] and [batch, kv_len]."""
         batch, _, q_len, kv_len = self.shape
+        queries, keys = self._in_host(queries), self._in_host(keys)
         for name, ids, length in (("segment_ids", queries, q_len), ("segment_ids", keys, kv_len)):
             self._check_kind(name, ids, "an integer", lambda dtype: dtype.startswith(("int", "uint")))
             if tuple(ids.shape) != (batch, length):
@@ -137,6 +139,9 @@ class Scores:
             )
         side, like = self._side(array)
         return side.as_plane(array.reshape(sizes), like)
+
+    def _in_host(self, array: Any) -> Any:
+        return self.glue.in_host(array) if isinstance(array, np.ndarray) else array
 
     def _side(self, *arrays: Any) -> tuple[Any, Any]:
         """What makes planes of the arrays, and an array like them: on the host where all are NumPy's."""

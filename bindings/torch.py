@@ -25,7 +25,7 @@ from crosstile.dispatch import OPS, Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import parse, text_of
 from crosstile.kernels.tiles.launch import Array, Plan
-from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, get_target
+from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, get_target, nearest_cuda
 from crosstile.kernels.tiles.torch_functions import functions_of_torch
 
 _SCHEMA_TYPES = {
@@ -55,16 +55,12 @@ def target_of(array: Tensor) -> Target:
     if device.type == "cuda" and torch.version.hip:
         return TARGETS[torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]]
     if device.type == "cuda":
-        return _nearest_cuda(*torch.cuda.get_device_capability(device))
+        return nearest_cuda(*torch.cuda.get_device_capability(device))
     if device.type == "tpu":
         from crosstile import torch_tpu
 
         return torch_tpu.target_of(device)
     return INTERPRET
-
-
-def _nearest_cuda(major: int, minor: int) -> Target:
-    return TARGETS["sm_100" if major == 10 else "sm_90" if (major, minor) == (9, 0) else "sm_80"]
 
 
 def needs_grad(arrays: tuple[Any, ...]) -> bool:
@@ -89,14 +85,14 @@ def own(arrays: tuple[Any, ...], like: Tensor) -> tuple[Any, ...]:
     return tuple(array if array is None else array.to(like.device) for array in arrays)
 
 
-def _tensor(array: Any) -> Tensor:
+def in_host(array: Any) -> Tensor:
     """A tensor, of an array of NumPy's too: a copy, for torch has no negative strides and no fixed arrays."""
     return torch.as_tensor(np.array(array)) if isinstance(array, np.ndarray) else array
 
 
 def as_int32(array: Any) -> Tensor:
     """Ids, lengths and offsets as kernels read them."""
-    return _tensor(array).to(torch.int32).contiguous()
+    return in_host(array).to(torch.int32).contiguous()
 
 
 def largest(array: Tensor) -> Tensor:
@@ -127,7 +123,7 @@ def spread(array: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 def as_plane(array: Any, like: Tensor) -> Tensor:
     """An array beside the scores, as kernels read it: bool, int32, or a float no wider than q."""
-    array = _tensor(array)
+    array = in_host(array)
     if array.dtype == torch.float64 and like.dtype != torch.float64:
         return array.to(torch.float32)
     return array if array.dtype.is_floating_point or array.dtype == torch.bool else array.to(torch.int32)
@@ -145,7 +141,7 @@ def functions() -> dict[str, Any]:
 
 def look_up(held: Any, indices: list[Any], like: Tensor) -> Tensor:
     """The elements at those indices, which broadcast to four dimensions; an index past an end takes the end."""
-    held = _tensor(held).to(like.device)
+    held = in_host(held).to(like.device)
     clipped = tuple(
         index.clamp(0, size - 1) if isinstance(index, Tensor) else min(max(index, 0), size - 1)
         for index, size in zip(indices, held.shape, strict=True)

@@ -70,6 +70,11 @@ _CHIPS = (
 TARGETS: dict[str, Target] = {chip.name: chip for chip in _CHIPS}
 
 
+def nearest_cuda(major: int, minor: int) -> Target:
+    """The CUDA target whose instructions that compute capability has."""
+    return TARGETS["sm_100" if major == 10 else "sm_90" if (major, minor) == (9, 0) else "sm_80"]
+
+
 def get_target(name: str) -> Target:
     """The target of that name. Raises ValueError with the names there are."""
     if name == INTERPRET.name:

@@ -216,3 +216,17 @@ def test_a_window_is_no_part_of_the_list():
     exact = crosstile.attention(*arrays(), mask=seen)
     ours = crosstile.attention(*arrays(), causal=True, mask_mod=lambda b, h, i, j: j < 64, implementation="triton")
     np.testing.assert_allclose(ours, exact, atol=2e-6)
+
+
+@pytest.mark.parametrize("kernel", ["library", "triton"])
+def test_arrays_of_numpy_under_torch_compile(kernel):
+    ids = np.repeat([0, 1, 2], [20, 13, 31])
+
+    def attend(q, k):
+        options = {"segment_ids": (ids[None], ids[None]), "mask_mod": mods.document(ids), "mask": ids[:, None] == ids}
+        return crosstile.attention(q, k, k, **options, implementation=kernel)
+
+    q, k = torch.randn(1, 64, 2, 16), torch.randn(1, 64, 2, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k), attend(q, k))

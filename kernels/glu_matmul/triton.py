@@ -16,7 +16,18 @@ import triton.language as tl
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.targets import Target
 from ..tiles.triton_activations import activate, derivative
-from ..tiles.triton_tiles import advance, needs_wide_offsets
+from ..tiles.triton_products import (
+    element,
+    grouped,
+    halves,
+    indices,
+    shrink,
+    strides,
+    transposed,
+    warps,
+    wide,
+)
+from ..tiles.triton_tiles import advance
 from .spec import GluMatmulSpec
 from .tiles import GluMatmulConfig, GluMatmulTiles
 
@@ -60,8 +71,8 @@ def backward(
     results = {"dx": x, "dw_gate": w_gate, "dw_up": w_up}
     launches = (
         _dz_launch(spec.activation, dout),
-        _dx_launch(config.dx, dz, {"w_gate": _transposed(w_gate), "w_up": _transposed(w_up)}),
-        _pair_launch(config.dw, {"x": _transposed(x), "dz_gate": dz, "dz_up": dz}, ("dw_gate", "dw_up"), None),
+        _dx_launch(config.dx, dz, {"w_gate": transposed(w_gate), "w_up": transposed(w_up)}),
+        _pair_launch(config.dw, {"x": transposed(x), "dz_gate": dz, "dz_up": dz}, ("dw_gate", "dw_up"), None),
     )
     return Plan(
         launches,
@@ -87,9 +98,9 @@ def _pair(
     if ALIGNED_M:
         m = m // 16 * 16  # m is not specialised on, so that its changes compile nothing: tell what the plan knows of it
     batch, row, col = _place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = _indices(BLOCK_M, WIDE)
-    cols = _indices(BLOCK_N, WIDE)
-    inner = _indices(BLOCK_K, WIDE)
+    rows = indices(BLOCK_M, WIDE)
+    cols = indices(BLOCK_N, WIDE)
+    inner = indices(BLOCK_K, WIDE)
     rows_exist = rows < m - row
     cols_exist = cols < n - col
     left = advance(advance(left, batch, left_batch), row, left_row)
@@ -133,8 +144,8 @@ def _store_gated(
     Wide tiles go by halves: the activation and addresses of all of them at once would not fit the registers.
     """
     if gate.shape[1] > EPILOGUE_COLS:
-        gate_left, gate_right = _halves(gate)
-        up_left, up_right = _halves(up)
+        gate_left, gate_right = halves(gate)
+        up_left, up_right = halves(up)
         _store_gated(gate_left, up_left, kept, out, batch, row, col, m, n, ACTIVATION, SAVES, WIDE)
         col += gate_left.shape[1]
         _store_gated(gate_right, up_right, kept, out, batch, row, col, m, n, ACTIVATION, SAVES, WIDE)
@@ -149,22 +160,15 @@ def _store_gated(
 def _store(tile, out, batch, row, col, m, n, WIDE: tl.constexpr):
     """Store what exists of a tile whose first element is (row, col) of a contiguous [batch, m, n], part by part."""
     if tile.shape[1] > EPILOGUE_COLS:
-        left, right = _halves(tile)
+        left, right = halves(tile)
         _store(left, out, batch, row, col, m, n, WIDE)
         _store(right, out, batch, row, col + left.shape[1], m, n, WIDE)
     else:
-        rows = _indices(tile.shape[0], WIDE)
-        cols = _indices(tile.shape[1], WIDE)
+        rows = indices(tile.shape[0], WIDE)
+        cols = indices(tile.shape[1], WIDE)
         exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
-        pointers = _element(out, batch, row, col, m, n) + (rows[:, None] * n + cols[None, :])
+        pointers = element(out, batch, row, col, m, n) + (rows[:, None] * n + cols[None, :])
         tl.store(pointers, tile.to(out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    halves = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
-    return tl.split(tl.permute(halves, [0, 2, 1]))
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -179,11 +183,11 @@ def _dx(
     batch, row, col = _place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     sums = _add_product(
-        sums, _element(dz_gate, batch, row, 0, m, k), advance(advance(w_gate, batch, gate_batch), col, gate_col),
+        sums, element(dz_gate, batch, row, 0, m, k), advance(advance(w_gate, batch, gate_batch), col, gate_col),
         m - row, n - col, k, gate_row, gate_col, EVEN_K, WIDE, BLOCK_K,
     )  # fmt: skip
     sums = _add_product(
-        sums, _element(dz_up, batch, row, 0, m, k), advance(advance(w_up, batch, up_batch), col, up_col),
+        sums, element(dz_up, batch, row, 0, m, k), advance(advance(w_up, batch, up_batch), col, up_col),
         m - row, n - col, k, up_row, up_col, EVEN_K, WIDE, BLOCK_K,
     )  # fmt: skip
     _store(sums, dx, batch, row, col, m, n, WIDE)
@@ -195,9 +199,9 @@ def _add_product(
     EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """sums + left @ right, of the rows at `left`, contiguous [rows_left, k], and the columns at `right`."""
-    rows = _indices(sums.shape[0], WIDE)
-    cols = _indices(sums.shape[1], WIDE)
-    inner = _indices(BLOCK_K, WIDE)
+    rows = indices(sums.shape[0], WIDE)
+    cols = indices(sums.shape[1], WIDE)
+    inner = indices(BLOCK_K, WIDE)
     left_offsets = rows[:, None] * k + inner[None, :]
     right_offsets = inner[:, None] * right_row + cols[None, :] * right_col
     for start in range(0, k, BLOCK_K):
@@ -226,51 +230,30 @@ def _dz(
     dout has any strides; preactivations are contiguous [batch, 2, m, n], the results [batch, m, n].
     """
     batch, row, col = _place(m, n, BLOCK_M, BLOCK_N, 1)
-    rows = _indices(BLOCK_M, WIDE)
-    cols = _indices(BLOCK_N, WIDE)
+    rows = indices(BLOCK_M, WIDE)
+    cols = indices(BLOCK_N, WIDE)
     exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
     offsets = rows[:, None] * n + cols[None, :]
     dout = advance(advance(advance(dout, batch, dout_batch), row, dout_row), col, dout_col)
     gradient = tl.load(dout + rows[:, None] * dout_row + cols[None, :] * dout_col, mask=exists, other=0.0)
     gradient = gradient.to(tl.float32)
-    gate = tl.load(_element(preactivations, 2 * batch, row, col, m, n) + offsets, mask=exists, other=0.0)
+    gate = tl.load(element(preactivations, 2 * batch, row, col, m, n) + offsets, mask=exists, other=0.0)
     gate = gate.to(tl.float32)
-    up = tl.load(_element(preactivations, 2 * batch + 1, row, col, m, n) + offsets, mask=exists, other=0.0)
+    up = tl.load(element(preactivations, 2 * batch + 1, row, col, m, n) + offsets, mask=exists, other=0.0)
     dgate = gradient * up.to(tl.float32) * derivative(gate, ACTIVATION)
     dup = gradient * activate(gate, ACTIVATION)
-    tl.store(_element(dz_gate, batch, row, col, m, n) + offsets, dgate.to(dz_gate.dtype.element_ty), mask=exists)
-    tl.store(_element(dz_up, batch, row, col, m, n) + offsets, dup.to(dz_up.dtype.element_ty), mask=exists)
+    tl.store(element(dz_gate, batch, row, col, m, n) + offsets, dgate.to(dz_gate.dtype.element_ty), mask=exists)
+    tl.store(element(dz_up, batch, row, col, m, n) + offsets, dup.to(dz_up.dtype.element_ty), mask=exists)
 
 
 @triton.jit
 def _place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(batch, row, col) of the first element of this program's tile.
-
-    GROUP_M rows of tiles are walked column by column, so that they share the right operand in the L2.
-    """
+    """(batch, row, col) of the first element of this program's tile."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
     batch = tl.program_id(0) // (tiles_m * tiles_n)
-    tile = tl.program_id(0) % (tiles_m * tiles_n)
-    first = tile // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return batch, (first + within % height) * BLOCK_M, within // height * BLOCK_N
-
-
-@triton.jit
-def _indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
-    index = tl.arange(0, SIZE)
-    if WIDE:
-        index = index.to(tl.int64)
-    return index
-
-
-@triton.jit
-def _element(pointer, batch, row, col, rows, cols):
-    """The element (batch, row, col) of a contiguous array [batch, rows, cols]."""
-    return pointer + ((tl.cast(batch, tl.int64) * rows + row) * cols + col)
+    tile_m, tile_n = grouped(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    return batch, tile_m * BLOCK_M, tile_n * BLOCK_N
 
 
 def _pair_launch(
@@ -285,7 +268,7 @@ def _pair_launch(
         "SAVES": activation is not None and len(written) == 2,
         "ALIGNED_M": left.strides[1] == 1 and left.shape[1] % 16 == 0,  # loads of a run along m only then
     }
-    of_tiles["numbers"] |= _strides("left", left) | _strides("first", first) | _strides("second", second)
+    of_tiles["numbers"] |= strides("left", left) | strides("first", first) | strides("second", second)
     names = tuple(inputs)
     return Launch(_pair, inputs=names if len(written) == 2 else (*names, ""), outputs=written, **of_tiles)
 
@@ -295,15 +278,15 @@ def _dx_launch(tiles: GluMatmulTiles, dz: Array, turned: dict[str, Array]) -> La
     w_gate, w_up = turned.values()
     out = contiguous((*dz.shape[:2], w_gate.shape[2]), "")
     of_tiles = _products(tiles, dz, (w_gate, w_up), out)
-    of_tiles["numbers"] |= _strides("gate", w_gate) | _strides("up", w_up)
+    of_tiles["numbers"] |= strides("gate", w_gate) | strides("up", w_up)
     return Launch(_dx, inputs=("dz_gate", "w_gate", "dz_up", "w_up"), outputs=("dx",), **of_tiles)
 
 
 def _products(tiles: GluMatmulTiles, left: Array, rights: tuple[Array, Array], out: Array) -> dict[str, Any]:
     """The arguments of a launch that have to do with its tiles."""
     (batch, m, n), k = out.shape, left.shape[2]
-    block_m, block_n = _shrink("block_m", tiles.block_m, m), _shrink("block_n", tiles.block_n, n)
-    block_k = _shrink("block_k", tiles.block_k, k)
+    block_m, block_n = shrink("block_m", tiles.block_m, m), shrink("block_n", tiles.block_n, n)
+    block_k = shrink("block_k", tiles.block_k, k)
     shrunk = tiles.block_m * tiles.block_n // (block_m * block_n)
     if not all(map(_has_runs, (left, *rights, out))):
         # Each element has an address of its own: those of a large step do not fit the registers, nor does a large
@@ -315,13 +298,13 @@ def _products(tiles: GluMatmulTiles, left: Array, rights: tuple[Array, Array], o
         "numbers": {"m": m, "n": n, "k": k},
         "constants": {
             "EVEN_K": k % block_k == 0,
-            "WIDE": _wide(*pieces),
+            "WIDE": wide(*pieces),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "GROUP_M": tiles.group_m,
         },
-        "num_warps": min(tiles.num_warps, max(4, tiles.num_warps // shrunk)),
+        "num_warps": warps(tiles.num_warps, shrunk),
         "num_stages": tiles.num_stages,
         "dot_dtype": left.dtype,
     }
@@ -330,16 +313,16 @@ def _products(tiles: GluMatmulTiles, left: Array, rights: tuple[Array, Array], o
 def _dz_launch(activation: str, dout: Array) -> Launch:
     """The launch that reads dout and the preactivations once."""
     batch, m, n = dout.shape
-    block_m, block_n = _shrink("rows", ELEMENTWISE_ROWS, m), _shrink("cols", ELEMENTWISE_COLS, n)
+    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
     return Launch(
         _dz,
         (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
         inputs=("dout", "preactivations"),
         outputs=("dz_gate", "dz_up"),
-        numbers={"m": m, "n": n, **_strides("dout", dout)},
+        numbers={"m": m, "n": n, **strides("dout", dout)},
         constants={
             "ACTIVATION": activation,
-            "WIDE": _wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
+            "WIDE": wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
         },
@@ -350,27 +333,3 @@ def _has_runs(array: Array) -> bool:
     """Whether 16 elements lie side by side wherever a tile begins, so that one address serves a wide load."""
     along = [axis for axis in (1, 2) if array.strides[axis] == 1 and array.shape[axis] % 16 == 0]
     return any(array.strides[3 - axis] % 16 == 0 for axis in along)
-
-
-def _transposed(array: Array) -> Array:
-    """The view with its last two axes swapped."""
-    (batch, rows, cols), (batch_stride, row, col) = array.shape, array.strides
-    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row))
-
-
-def _shrink(name: str, block: int, size: int) -> int:
-    """The block, no larger than the array needs. Triton's tiles are powers of two, and `tl.dot` wants at least 16."""
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"config: {name} is {block}; it must be a power of two, and at least 16")
-    return min(block, max(16, triton.next_power_of_2(size)))
-
-
-def _strides(name: str, array: Array) -> dict[str, int]:
-    """The strides by parameter name, with 0 for a batch of one, which is never stepped."""
-    strides = (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
-    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "row", "col"), strides, strict=True)}
-
-
-def _wide(*tiles: tuple[Array, int, int]) -> bool:
-    """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
-    return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)

@@ -12,11 +12,12 @@ import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.targets import Target
+from ..tiles.triton_products import halves, indices, strides
 from ..tiles.triton_tiles import LN_2, LOG2_E, advance
 from .spec import LinearCrossEntropySpec
 from .tiles import LinearCrossEntropyConfig
 from .triton_backward import backward
-from .triton_common import AT_ONCE, NO_TOKEN, cap, halves, indices, logits_arguments, per_token, products, strides
+from .triton_common import AT_ONCE, NO_TOKEN, cap, logits_arguments, per_token, products
 
 DTYPES = ("float32", "float16", "bfloat16")
 JOIN_TOKENS, JOIN_PARTS = 64, 16  # the tile of the kernel that joins the programs' results
@@ -56,7 +57,7 @@ def forward(
         (batch * triton.cdiv(tokens, JOIN_TOKENS),),
         inputs=("targets", "part_lse", "part_sum") if spec.sums else ("targets", "part_lse", "", ""),
         outputs=("logit_sum", "lse") if spec.sums else ("lse",),
-        numbers={"tokens": tokens, "splits": splits, **strides("targets", targets)},
+        numbers={"tokens": tokens, "splits": splits, **strides("targets", targets, "batch", "row")},
         constants={"SUMS": spec.sums, "BLOCK_T": JOIN_TOKENS, "BLOCK_S": JOIN_PARTS},
     )
     outputs = {"lse": row, "target_logit": row} | ({"logit_sum": row} if spec.sums else {})

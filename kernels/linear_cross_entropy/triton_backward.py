@@ -14,23 +14,11 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.triton_products import halves, indices, shrink, strides, warps, wide
 from ..tiles.triton_tiles import LOG2_E, advance
 from .spec import LinearCrossEntropySpec
 from .tiles import LinearCrossEntropyConfig, LinearCrossEntropyTiles
-from .triton_common import (
-    AT_ONCE,
-    NO_TOKEN,
-    cap,
-    halves,
-    indices,
-    logits_arguments,
-    per_token,
-    products,
-    shrink,
-    strides,
-    warps,
-    wide,
-)
+from .triton_common import AT_ONCE, NO_TOKEN, cap, logits_arguments, per_token, products
 
 STATISTICS = ("lse", "dlse", "dtarget_logit", "dlogit_sum")
 
@@ -259,7 +247,7 @@ def _dlogits_launch(
         "first_row": part.first_row,
         "part_tokens": part.tokens,
         "part_rows": part.rows,
-        **{key: stride for name in STATISTICS for key, stride in strides(name, arrays.get(name)).items()},
+        **dict(item for name in STATISTICS for item in strides(name, arrays.get(name), "batch", "row").items()),
     }
     flags = {
         "TARGETS": "dtarget_logit" in arrays,
@@ -344,7 +332,7 @@ def _product_launch(
             "previous_first": previous.first if previous else 0,
             **strides("a", a),
             **strides("b", b_array),
-            **strides("targets", targets),
+            **strides("targets", targets, "batch", "row"),
             "previous_batch": previous.count * n if previous else 0,
             "out_batch": out.count * n,
         },

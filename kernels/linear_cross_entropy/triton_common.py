@@ -9,7 +9,8 @@ import triton.language as tl
 
 from ..tiles.launch import Array
 from ..tiles.triton_expressions import tanh
-from ..tiles.triton_tiles import advance, needs_wide_offsets
+from ..tiles.triton_products import indices, shrink, strides, warps, wide
+from ..tiles.triton_tiles import advance
 from .spec import IGNORED, LinearCrossEntropySpec
 from .tiles import LinearCrossEntropyTiles
 
@@ -60,27 +61,11 @@ def cap(raw, softcap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def halves(tile):
-    """The left and the right half of a tile's columns: what is done to a whole wide tile does not fit the registers."""
-    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
-    return tl.split(tl.permute(pairs, [0, 2, 1]))
-
-
-@triton.jit
 def per_token(pointer, batch, first, count, batch_stride, stride, other, BLOCK: tl.constexpr):
     """[BLOCK] of an array [batch, tokens] of any strides, from token `first`; past its end `other`."""
     tokens = tl.arange(0, BLOCK)
     pointer = advance(advance(pointer, batch, batch_stride), first, stride)
     return tl.load(pointer + tokens.to(tl.int64) * stride, mask=tokens < count - first, other=other)
-
-
-@triton.jit
-def indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
-    index = tl.arange(0, SIZE)
-    if WIDE:
-        index = index.to(tl.int64)
-    return index
 
 
 def logits_arguments(
@@ -100,7 +85,7 @@ def logits_arguments(
             "softcap": 0.0 if spec.softcap is None else spec.softcap,
             **strides("hidden", hidden),
             **strides("weight", weight),
-            **strides("targets", arrays["targets"]),
+            **strides("targets", arrays["targets"], "batch", "row"),
         },
         "constants": {
             "CAPPED": spec.softcap is not None,
@@ -115,27 +100,3 @@ def logits_arguments(
         "num_stages": tiles.num_stages,
         "dot_dtype": spec.dtype,
     }
-
-
-def shrink(name: str, block: int, size: int) -> int:
-    """The block, no larger than the array needs. Triton's tiles are powers of two, and `tl.dot` wants at least 16."""
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"config: {name} is {block}; it must be a power of two, and at least 16")
-    return min(block, max(16, triton.next_power_of_2(size)))
-
-
-def warps(num_warps: int, shrunk: int) -> int:
-    """Fewer for a tile that shrank by that factor."""
-    return min(num_warps, max(4, num_warps // shrunk))
-
-
-def strides(name: str, array: Array | None) -> dict[str, int]:
-    """The strides by parameter name, with 0 for an absent array and for a batch of one, which is never stepped."""
-    found = (0, 0) if array is None else (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
-    names = ("batch", "row", "col")[: len(found)]
-    return {f"{name}_{axis}": stride for axis, stride in zip(names, found, strict=True)}
-
-
-def wide(*tiles: tuple[Array, int, int]) -> bool:
-    """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
-    return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)

@@ -14,7 +14,18 @@ import triton.language as tl
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.targets import Target
 from ..tiles.triton_activations import activate, derivative
-from ..tiles.triton_tiles import advance, needs_wide_offsets
+from ..tiles.triton_products import (
+    element,
+    grouped,
+    halves,
+    indices,
+    shrink,
+    strides,
+    transposed,
+    warps,
+    wide,
+)
+from ..tiles.triton_tiles import advance
 from .spec import MatmulSpec
 from .tiles import MatmulConfig
 
@@ -81,8 +92,8 @@ def backward(
         launches.append(_dz_launch(spec.activation, dout, written))
     if bias is not None:
         launches.append(_sum_launch(scratch["sums"]))
-    launches.append(_product(config, (dz_name, dz), ("b", _transposed(b)), ("da",)))
-    launches.append(_product(config, ("a", _transposed(a)), (dz_name, dz), ("db",)))
+    launches.append(_product(config, (dz_name, dz), ("b", transposed(b)), ("da",)))
+    launches.append(_product(config, ("a", transposed(a)), (dz_name, dz), ("db",)))
     read = _present(a=a, b=b, dout=dout, preactivation=preactivation if spec.activation else None)
     return Plan(tuple(launches), read, results, scratch)
 
@@ -103,12 +114,12 @@ def _matmul(
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
     batch = tl.program_id(0) // (tiles_m * tiles_n)
-    tile_m, tile_n = _grouped(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    tile_m, tile_n = grouped(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N  # of the tile's first element, from where all offsets count
 
-    rows = _indices(BLOCK_M, WIDE)
-    cols = _indices(BLOCK_N, WIDE)
-    inner = _indices(BLOCK_K, WIDE)
+    rows = indices(BLOCK_M, WIDE)
+    cols = indices(BLOCK_N, WIDE)
+    inner = indices(BLOCK_K, WIDE)
     rows_exist = rows < m - row
     cols_exist = cols < n - col
     a = advance(advance(a, batch, a_batch), row, a_row)
@@ -153,7 +164,7 @@ def _epilogue(
     A wide tile goes by halves: residual, activation and addresses of all of it at once would not fit the registers.
     """
     if sums.shape[1] > EPILOGUE_COLS:
-        left, right = _halves(sums)
+        left, right = halves(sums)
         _epilogue(
             left, bias, residual, preactivation, out, batch, row, col, m, n,
             bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
@@ -163,8 +174,8 @@ def _epilogue(
             bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
         )  # fmt: skip
     else:
-        rows = _indices(sums.shape[0], WIDE)
-        cols = _indices(sums.shape[1], WIDE)
+        rows = indices(sums.shape[0], WIDE)
+        cols = indices(sums.shape[1], WIDE)
         cols_exist = cols < n - col
         exists = (rows < m - row)[:, None] & cols_exist[None, :]
         offsets = rows[:, None] * n + cols[None, :]
@@ -172,22 +183,15 @@ def _epilogue(
             bias = advance(bias, col, bias_col)
             sums += tl.load(bias + cols * bias_col, mask=cols_exist, other=0.0).to(tl.float32)[None, :]
         if SAVES:
-            preactivation = _element(preactivation, batch, row, col, m, n)
+            preactivation = element(preactivation, batch, row, col, m, n)
             tl.store(preactivation + offsets, sums.to(preactivation.dtype.element_ty), mask=exists)
         result = activate(sums, ACTIVATION)
         if HAS_RESIDUAL:
             residual = advance(residual, col, residual_col)
             residual_offsets = rows[:, None] * residual_row + cols[None, :] * residual_col
             result += tl.load(residual + residual_offsets, mask=exists, other=0.0).to(tl.float32)
-        out = _element(out, batch, row, col, m, n)
+        out = element(out, batch, row, col, m, n)
         tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def _halves(tile):
-    """The left and the right half of a tile's columns."""
-    halves = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
-    return tl.split(tl.permute(halves, [0, 2, 1]))
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -208,8 +212,8 @@ def _dz(
     batch = tl.program_id(0) // (tiles_m * tiles_n)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
 
-    rows = _indices(BLOCK_M, WIDE)
-    cols = _indices(BLOCK_N, WIDE)
+    rows = indices(BLOCK_M, WIDE)
+    cols = indices(BLOCK_N, WIDE)
     cols_exist = cols < n - col
     exists = (rows < m - row)[:, None] & cols_exist[None, :]
     offsets = rows[:, None] * n + cols[None, :]
@@ -217,16 +221,16 @@ def _dz(
     gradient = tl.load(dout + rows[:, None] * dout_row + cols[None, :] * dout_col, mask=exists, other=0.0)
     result = gradient.to(tl.float32)
     if ACTIVATION is not None:
-        preactivation = _element(preactivation, batch, row, col, m, n)
+        preactivation = element(preactivation, batch, row, col, m, n)
         z = tl.load(preactivation + offsets, mask=exists, other=0.0).to(tl.float32)
         result *= derivative(z, ACTIVATION)
 
-    tl.store(_element(sums, batch, tile_m, col, tiles_m, n) + cols, tl.sum(result, axis=0), mask=cols_exist)
+    tl.store(element(sums, batch, tile_m, col, tiles_m, n) + cols, tl.sum(result, axis=0), mask=cols_exist)
     if WRITES_DZ:
-        dz = _element(dz, batch, row, col, m, n)
+        dz = element(dz, batch, row, col, m, n)
         tl.store(dz + offsets, result.to(dz.dtype.element_ty), mask=exists)
     if WRITES_DRESIDUAL:
-        dresidual = _element(dresidual, batch, row, col, m, n)
+        dresidual = element(dresidual, batch, row, col, m, n)
         tl.store(dresidual + offsets, gradient.to(dresidual.dtype.element_ty), mask=exists)
 
 
@@ -238,38 +242,14 @@ def _sum_tiles(sums, dbias, tiles, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
     col = tl.program_id(0) % tiles_n * BLOCK_N
     rows = tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
-    sums = _element(sums, batch, 0, col, tiles, n)
+    sums = element(sums, batch, 0, col, tiles, n)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, tiles, BLOCK_M):
         exists = (rows < tiles - start)[:, None] & (cols < n - col)[None, :]
         total += tl.load(sums + rows[:, None] * n + cols[None, :], mask=exists, other=0.0)
         sums = advance(sums, BLOCK_M, n)
-    dbias = _element(dbias, batch, 0, col, 1, n)
+    dbias = element(dbias, batch, 0, col, 1, n)
     tl.store(dbias + cols, tl.sum(total, axis=0).to(dbias.dtype.element_ty), mask=cols < n - col)
-
-
-@triton.jit
-def _grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
-    """The place of a tile when GROUP_M rows of tiles are walked column by column, so that they share b in the L2."""
-    first = tile // (GROUP_M * tiles_n) * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    within = tile % (GROUP_M * tiles_n)
-    return first + within % height, within // height
-
-
-@triton.jit
-def _indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
-    index = tl.arange(0, SIZE)
-    if WIDE:
-        index = index.to(tl.int64)
-    return index
-
-
-@triton.jit
-def _element(pointer, batch, row, col, rows, cols):
-    """The element (batch, row, col) of a contiguous array [batch, rows, cols]."""
-    return pointer + ((tl.cast(batch, tl.int64) * rows + row) * cols + col)
 
 
 def _product(
@@ -285,8 +265,8 @@ def _product(
     (a_name, a_array), (b_name, b_array) = a, b
     batch, m, k = a_array.shape
     n = b_array.shape[2]
-    block_m, block_n = _shrink("block_m", config.block_m, m), _shrink("block_n", config.block_n, n)
-    block_k = _shrink("block_k", config.block_k, k)
+    block_m, block_n = shrink("block_m", config.block_m, m), shrink("block_n", config.block_n, n)
+    block_k = shrink("block_k", config.block_k, k)
     saves = "preactivation" in outputs
     # Parameters of absent arrays get one that is there, and are not touched.
     arrays = (a_name, b_name, a_name if bias is None else "bias", a_name if residual is None else "residual")
@@ -304,10 +284,10 @@ def _product(
             "m": m,
             "n": n,
             "k": k,
-            **_strides("a", a_array, 3),
-            **_strides("b", b_array, 3),
-            **_strides("residual", residual, 3),
-            **_strides("bias", bias, 2),
+            **strides("a", a_array),
+            **strides("b", b_array),
+            **strides("residual", residual),
+            **strides("bias", bias, "batch", "col"),
         },
         constants={
             "ACTIVATION": activation,
@@ -316,13 +296,13 @@ def _product(
             "SAVES": saves,
             "EVEN_K": k % block_k == 0,
             "ALIGNED_M": a_array.strides[1] == 1 and m % 16 == 0,  # loads of a run along m only then
-            "WIDE": _wide(*tiles),
+            "WIDE": wide(*tiles),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "GROUP_M": config.group_m,
         },
-        num_warps=min(config.num_warps, max(4, config.num_warps // shrunk)),
+        num_warps=warps(config.num_warps, shrunk),
         num_stages=config.num_stages,
         dot_dtype=a_array.dtype,
     )
@@ -331,19 +311,19 @@ def _product(
 def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | None]) -> Launch:
     """The launch that reads dout once and writes those of dresidual, dz and the sums of columns that have a name."""
     batch, m, n = dout.shape
-    block_m, block_n = _shrink("rows", ELEMENTWISE_ROWS, m), _shrink("cols", ELEMENTWISE_COLS, n)
+    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
     outputs = tuple(name for name in written.values() if name)
     return Launch(
         _dz,
         (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
         inputs=("dout", "preactivation" if activation else "dout", *["dout"] * (len(written) - len(outputs))),
         outputs=outputs,
-        numbers={"m": m, "n": n, **_strides("dout", dout, 3)},
+        numbers={"m": m, "n": n, **strides("dout", dout)},
         constants={
             "ACTIVATION": activation,
             "WRITES_DRESIDUAL": written["dresidual"] is not None,
             "WRITES_DZ": written["dz"] is not None,
-            "WIDE": _wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
+            "WIDE": wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
         },
@@ -354,7 +334,7 @@ def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | Non
 def _sum_launch(sums: Array) -> Launch:
     """The launch that adds the sums of columns [batch, tiles, n] into dbias."""
     batch, tiles, n = sums.shape
-    block_m, block_n = _shrink("rows", ELEMENTWISE_ROWS, tiles), _shrink("cols", ELEMENTWISE_COLS // 2, n)
+    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, tiles), shrink("cols", ELEMENTWISE_COLS // 2, n)
     return Launch(
         _sum_tiles,
         (batch * triton.cdiv(n, block_n),),
@@ -367,28 +347,3 @@ def _sum_launch(sums: Array) -> Launch:
 
 def _present(**arrays: Array | None) -> dict[str, Array]:
     return {name: array for name, array in arrays.items() if array is not None}
-
-
-def _transposed(array: Array) -> Array:
-    """The view with its last two axes swapped."""
-    (batch, rows, cols), (batch_stride, row, col) = array.shape, array.strides
-    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row))
-
-
-def _shrink(name: str, block: int, size: int) -> int:
-    """The block, no larger than the array needs. Triton's tiles are powers of two, and `tl.dot` wants at least 16."""
-    if block < 16 or block & (block - 1):
-        raise ValueError(f"config: {name} is {block}; it must be a power of two, and at least 16")
-    return min(block, max(16, triton.next_power_of_2(size)))
-
-
-def _strides(name: str, array: Array | None, axes: int) -> dict[str, int]:
-    """The strides by parameter name, with 0 for an absent array and for a batch of one, which is never stepped."""
-    strides = (0,) * axes if array is None else (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
-    names = ("batch", "row", "col") if axes == 3 else ("batch", "col")
-    return {f"{name}_{axis}": stride for axis, stride in zip(names, strides, strict=True)}
-
-
-def _wide(*tiles: tuple[Array, int, int]) -> bool:
-    """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
-    return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.targets import Target
+from ..tiles.triton_products import indices, strides
 from ..tiles.triton_tiles import advance
 from .spec import NormSpec
 from .tiles import NormConfig
@@ -18,12 +19,10 @@ from .triton_backward import backward
 from .triton_common import (
     block_of,
     flags_of,
-    indices,
     load_scale,
     load_tile,
     moments,
     place_of,
-    strides_of,
     walked_moments,
 )
 
@@ -61,10 +60,10 @@ def forward(
         numbers={
             "row_count": rows,
             "eps": spec.eps,
-            **strides_of("x", x),
-            **strides_of("weight", weight),
-            **strides_of("bias", bias, 2),
-            **strides_of("residual", residual),
+            **strides("x", x),
+            **strides("weight", weight, "batch", "col"),
+            **strides("bias", bias, "batch", "col"),
+            **strides("residual", residual),
         },
         constants={
             **flags_of(spec),

@@ -11,18 +11,17 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.triton_products import indices, strides
 from ..tiles.triton_tiles import advance, needs_wide_offsets
 from .spec import NormSpec
 from .tiles import NormConfig
 from .triton_common import (
     block_of,
     flags_of,
-    indices,
     load_columns,
     load_scale,
     moments,
     place_of,
-    strides_of,
     walked_moments,
 )
 
@@ -330,7 +329,7 @@ def _walking_launches(
         (batch * parts * triton.cdiv(hidden, SUM_COLS),),
         inputs=(source[0], "dy", "statistics"),
         outputs=("sums",),
-        numbers={"row_count": rows, "parts": parts, **strides_of("x", source[1]), **strides_of("dy", read["dy"])},
+        numbers={"row_count": rows, "parts": parts, **strides("x", source[1]), **strides("dy", read["dy"])},
         constants={
             "HAS_BIAS": has_bias,
             "HIDDEN": hidden,
@@ -351,10 +350,10 @@ def _dx_operands(
     inputs = (source[0], "weight", "dy", "" if dsummed is None else "dsummed", *[""] * (not has_residual))
     outputs = ("dresidual", "dx") if has_residual else ("dx",)
     numbers = {
-        **strides_of("x", source[1]),
-        **strides_of("weight", read["weight"]),
-        **strides_of("dy", read["dy"]),
-        **strides_of("dsummed", dsummed),
+        **strides("x", source[1]),
+        **strides("weight", read["weight"], "batch", "col"),
+        **strides("dy", read["dy"]),
+        **strides("dsummed", dsummed),
     }
     return inputs, outputs, numbers, flags_of(spec) | {"HAS_DSUMMED": dsummed is not None, "HAS_RESIDUAL": has_residual}
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array
+from ..tiles.triton_products import indices
 from ..tiles.triton_tiles import needs_wide_offsets
 from .spec import NormSpec
 from .tiles import NormConfig
@@ -40,27 +41,11 @@ def flags_of(spec: NormSpec) -> dict[str, Any]:
     return {"CENTERS": spec.centers, "ZERO_CENTERED": spec.zero_centered}
 
 
-def strides_of(name: str, array: Array | None, axes: int = 3) -> dict[str, int]:
-    """The strides by parameter name, with 0 for an absent array and for a batch of one, which is never stepped."""
-    strides = (0,) * axes if array is None else (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
-    names = ("batch", "row", "col") if len(strides) == 3 else ("batch", "col")
-    return {f"{name}_{axis}": stride for axis, stride in zip(names, strides, strict=True)}
-
-
 @triton.jit
 def place_of(row_count, BLOCK_ROWS: tl.constexpr):
     """(batch, first row) of this program, where each batch has as many programs as tiles of rows."""
     tiles = tl.cdiv(row_count, BLOCK_ROWS)
     return tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_ROWS
-
-
-@triton.jit
-def indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
-    index = tl.arange(0, SIZE)
-    if WIDE:
-        index = index.to(tl.int64)
-    return index
 
 
 @triton.jit

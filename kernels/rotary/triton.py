@@ -11,11 +11,13 @@ import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.targets import Target
+from ..tiles.triton_products import strides
 from ..tiles.triton_tiles import advance, needs_wide_offsets
 from .spec import RotarySpec
 from .tiles import RotaryConfig
 
 DTYPES = ("float32", "float16", "bfloat16")
+_AXES = "batch", "row", "head", "col"
 
 
 def supports(spec: RotarySpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -82,8 +84,8 @@ def _plan(
         numbers={
             "length": length,
             "factor": spec.factor,
-            **_strides("q", q_source),
-            **_strides("k", k_source),
+            **strides("q", q_source, *_AXES),
+            **strides("k", k_source, *_AXES),
             "positions_batch": positions.strides[0] if batch > 1 else 0,
             "positions_row": positions.strides[1],
             "frequencies_batch": frequencies.strides[0] if batch > 1 else 0,
@@ -105,12 +107,6 @@ def _plan(
     )
     read = {q_name: q_source, k_name: k_source, "positions": positions, "frequencies": frequencies}
     return Plan((launch,), {name: array for name, array in read.items() if array is not None}, outputs)
-
-
-def _strides(name: str, array: Array | None) -> dict[str, int]:
-    """The strides by parameter name, with 0 for an absent array and for a batch of one, which is never stepped."""
-    strides = (0,) * 4 if array is None else (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
-    return {f"{name}_{axis}": stride for axis, stride in zip(("batch", "row", "head", "col"), strides, strict=True)}
 
 
 def _wide(rows: int, arrays: list[Array | None]) -> bool:

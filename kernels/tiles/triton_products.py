@@ -1,0 +1,78 @@
+"""What GPU kernels over matrices share: the order and the addresses of tiles, and the numbers of a launch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .launch import Array
+from .triton_tiles import needs_wide_offsets
+
+# Tiles
+
+
+@triton.jit
+def grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The place of a tile when GROUP_M rows of tiles are walked column by column, so that they share b in the L2."""
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
+def indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
+    index = tl.arange(0, SIZE)
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def element(pointer, batch, row, col, rows, cols):
+    """The element (batch, row, col) of a contiguous array [batch, rows, cols]."""
+    return pointer + ((tl.cast(batch, tl.int64) * rows + row) * cols + col)
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right half of a tile's columns: what is done to a whole wide tile does not fit the registers."""
+    pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
+    return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+# Launches
+
+
+def transposed(array: Array) -> Array:
+    """The view with its last two axes swapped."""
+    (batch, rows, cols), (batch_stride, row, col) = array.shape, array.strides
+    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row))
+
+
+def shrink(name: str, block: int, size: int) -> int:
+    """The block, no larger than the array needs. Triton's tiles are powers of two, and `tl.dot` wants at least 16."""
+    if block < 16 or block & (block - 1):
+        raise ValueError(f"config: {name} is {block}; it must be a power of two, and at least 16")
+    return min(block, max(16, triton.next_power_of_2(size)))
+
+
+def warps(num_warps: int, shrunk: int) -> int:
+    """Fewer for a tile that shrank by that factor."""
+    return min(num_warps, max(4, num_warps // shrunk))
+
+
+def strides(name: str, array: Array | None, *axes: str) -> dict[str, int]:
+    """The strides by parameter name, with 0 for an absent array and for a batch of one, which is never stepped.
+
+    axes are those of the array, "batch", "row" and "col" where none are named.
+    """
+    axes = axes or ("batch", "row", "col")
+    found = (0,) * len(axes) if array is None else (array.strides[0] if array.shape[0] > 1 else 0, *array.strides[1:])
+    return {f"{name}_{axis}": stride for axis, stride in zip(axes, found, strict=True)}
+
+
+def wide(*tiles: tuple[Array, int, int]) -> bool:
+    """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
+    return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)

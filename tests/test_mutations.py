@@ -1,15 +1,10 @@
 """Broken kernels fail the check: each mutation is one plausible mistake, made in a copy of a kernel file.
 
-The check is the suite's rule on small problems of several tiles. The copies keep their place in the package, so that
-relative imports and `triton.jit`, which reads the source file, work.
+The check is the suite's rule on small problems of several tiles.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
-import re
-import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutations import describe, mutated
 from oracles import attention_by_torch, matmul_by_torch, multiples, rounded
 
-import crosstile.kernels
 from crosstile import plans
 from crosstile.dispatch import OPS
 from crosstile.kernels.attention import reference as attention_reference
@@ -28,12 +23,8 @@ from crosstile.kernels.attention.sparsity import flat
 from crosstile.kernels.attention.spec import INPUTS, AttentionSpec
 from crosstile.kernels.matmul.spec import MatmulSpec
 from crosstile.kernels.tiles.expressions import SCORE, Expression, const, plane
-from crosstile.kernels.tiles.launch import Array
 from crosstile.kernels.tiles.targets import INTERPRET
 from crosstile.kernels.tiles.visibility import visible_tiles
-
-KERNELS = Path(crosstile.kernels.__path__[0])
-_serial = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -57,56 +48,22 @@ class Mutation:
     problems: tuple[str, ...] = ("causal",)
 
 
-def broken(mutation: Mutation, kernel: str, folder: Path) -> ModuleType:
-    """The kernel file, with the mutated file and all files between the two copied beside the sound ones."""
-    text = (KERNELS / mutation.file).read_text()
-    assert mutation.old in text, f"{mutation.file} has no {mutation.old!r} any more: bring the mutation up to date"
-    copies = {mutation.file: load(mutation.file, text.replace(mutation.old, mutation.new), folder)}
-
-    def copied(file: str) -> ModuleType | None:
-        """The copy of a file that is the mutated one or imports it; None of one that does not."""
-        if file not in copies:
-            text = sound = (KERNELS / file).read_text()
-            for dots, imported in re.findall(r"^from (\.{1,2})([\w.]+) import", text, re.MULTILINE):
-                path = Path(file).parent if dots == "." else Path(file).parent.parent
-                other = copied(str(path / imported.replace(".", "/")) + ".py")
-                if other is not None:
-                    stem = other.__name__.rsplit(".")[-1]
-                    replaced = ".".join((*imported.split(".")[:-1], stem))
-                    text = text.replace(f"from {dots}{imported} import", f"from {dots}{replaced} import")
-            copies[file] = load(file, text, folder) if text != sound else None
-        return copies[file]
-
-    module = copied(kernel)
-    assert module is not None, f"{kernel} does not import {mutation.file}"
-    return module
-
-
-def load(file: str, text: str, folder: Path) -> ModuleType:
-    """A module made of the text, beside the one that the file is."""
-    stem = f"{Path(file).stem}_mutated_{next(_serial)}"
-    path = folder / f"{stem}.py"
-    path.write_text(text)
-    name = ".".join(("crosstile.kernels", *Path(file).parent.parts, stem))
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+def broken(op: str, mutation: Mutation, kernel: str, folder: Path) -> ModuleType:
+    """The kernel file of a copy of the op with the mistake in it."""
+    module: ModuleType = getattr(mutated(op, mutation, folder), kernel)
     return module
 
 
 def execute(module: ModuleType, op: str, direction: str, spec: Any, operands: tuple[Any, ...]) -> tuple[Any, ...]:
     """One direction of a kernel module, or of a reference, on NumPy arrays, interpreted."""
-    name = Path(module.__file__).stem.split("_mutated")[0]
+    name = Path(module.__file__).stem
     if name == "reference":
         return getattr(module, direction)(spec, *operands)
     config = OPS[op].module("tiles").choose_config(spec, INTERPRET)
     if name == "triton":
         from crosstile.kernels.tiles import triton_interpreter
 
-        described = plans.map_arrays(
-            lambda x: Array(x.shape, x.dtype.name, tuple(stride // x.itemsize for stride in x.strides)), operands
-        )
+        described = plans.map_arrays(describe, operands)
         plan = getattr(module, direction)(spec, config, *described)
         return plans.collect(OPS[op], direction, plan, triton_interpreter.run(plan, plans.by_name(OPS[op], operands)))
     import jax
@@ -321,10 +278,6 @@ class Suite:
     op: str
     kernel: str
     mutations: tuple[Mutation, ...] = field(default=())
-
-    @property
-    def file(self) -> str:
-        return f"{self.op}/{self.kernel}.py"
 
 
 T, H, X = "attention/triton.py", "tiles/triton_tiles.py", "tiles/triton_expressions.py"
@@ -855,7 +808,7 @@ MATMUL_TRITON = Suite(
         Mutation(
             "da from b, not b transposed",
             T,
-            '("b", _transposed(b))',
+            '("b", transposed(b))',
             '("b", Array((b.shape[0], b.shape[2], b.shape[1]), b.dtype, b.strides))',
             BACKWARD,
             PLAIN,
@@ -977,6 +930,6 @@ def sound(op: str, kernel: str, direction: str, problem: str) -> float:
 def test_the_check_notices(suite, mutation, tmp_path):
     for problem in mutation.problems:
         assert sound(suite.op, suite.kernel, mutation.direction, problem) <= 1
-    module = broken(mutation, suite.file, tmp_path)
+    module = broken(suite.op, mutation, suite.kernel, tmp_path)
     for problem in mutation.problems:
         assert worst(module, suite.op, mutation.direction, problem) > 1, f"survives on {problem}"

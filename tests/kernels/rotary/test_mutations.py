@@ -1,40 +1,33 @@
 """Broken kernels fail the check: each mutation is one plausible mistake, made in a copy of the op's files.
 
-The check is the suite's rule on small problems of several tiles and groups of heads. A copy is a package beside the one
-it is of, so that relative imports and `triton.jit`, which reads the source file, work.
+The check is the suite's rule on small problems of several tiles and groups of heads.
 """
 
 from __future__ import annotations
 
-import importlib
-import itertools
-import sys
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from mutations import describe, mutated
 from oracles import multiples
 from rotary_problems import FLOATS, OPERANDS, Problem
 
 import crosstile.kernels.rotary as package
 from crosstile.kernels.rotary.tiles import choose_config
-from crosstile.kernels.tiles.launch import Array
 from crosstile.kernels.tiles.targets import INTERPRET
 
 pytest.importorskip("triton")
 
-FOLDER = Path(package.__path__[0])
 CHECKED = {
     "half": Problem(rotary_dim=12, factor=1.25),
     "interleaved": Problem(rotary_dim=12, interleaved=True, factor=1.25),
     "many heads": Problem(q_heads=5, k_heads=3),
     "wide": Problem(head_dim=80, rotary_dim=32),
 }
-_serial = itertools.count()
 
 
 class Mutation(NamedTuple):
@@ -90,23 +83,6 @@ MUTATIONS = (
 )  # fmt: skip
 
 
-def mutated(mutation: Mutation, folder: Path) -> ModuleType:
-    """The op's package with the mistake in it."""
-    text = (FOLDER / f"{mutation.file}.py").read_text()
-    assert mutation.old in text, f"{mutation.file}.py has no {mutation.old!r} any more: bring the mutation up to date"
-    for path in FOLDER.glob("*.py"):
-        (folder / path.name).write_text(path.read_text())
-    (folder / f"{mutation.file}.py").write_text(text.replace(mutation.old, mutation.new))
-    name = f"{package.__name__}_mutated_{next(_serial)}"
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def worst(op: ModuleType, kernel: str, name: str) -> float:
     """The largest error on one problem, as a multiple of the allowed."""
     problem = CHECKED[name]
@@ -121,14 +97,12 @@ def worst(op: ModuleType, kernel: str, name: str) -> float:
 def interpreted(op: ModuleType, problem: Problem, config: Any, arrays: dict[str, Any]) -> dict[str, Any]:
     from crosstile.kernels.tiles.triton_interpreter import run
 
-    def describe(name: str) -> Array:
-        array = arrays[name]
-        return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
-
-    inputs = tuple(map(describe, OPERANDS))
+    inputs = tuple(describe(arrays[name]) for name in OPERANDS)
     plans = (
         op.triton.forward(problem.spec, config, *inputs),
-        op.triton.backward(problem.spec, config, inputs, inputs[:2], (describe("drotated_q"), describe("drotated_k"))),
+        op.triton.backward(
+            problem.spec, config, inputs, inputs[:2], (describe(arrays["drotated_q"]), describe(arrays["drotated_k"]))
+        ),
     )
     found: dict[str, Any] = {}
     for plan in plans:
@@ -167,4 +141,4 @@ def sound(kernel: str, name: str) -> float:
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}-{m.name}-{m.problem}".replace(" ", "_"))
 def test_the_check_notices(mutation, tmp_path):
     assert sound(mutation.file, mutation.problem) <= 1
-    assert worst(mutated(mutation, tmp_path), mutation.file, mutation.problem) > 1
+    assert worst(mutated("rotary", mutation, tmp_path), mutation.file, mutation.problem) > 1

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_activations import activate, derivative
 from ..tiles.triton_products import (
@@ -31,19 +32,13 @@ from ..tiles.triton_tiles import advance
 from .spec import GluMatmulSpec
 from .tiles import GluMatmulConfig, GluMatmulTiles
 
-DTYPES = ("float32", "float16", "bfloat16")
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 32, 128  # the tile of the kernel that only reads, bends and scales
 EPILOGUE_COLS = tl.constexpr(32)
 
 
 def supports(spec: GluMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
-    reasons = []
-    if spec.dtype not in DTYPES:
-        reasons.append(f"dtype: got {spec.dtype}; the Triton kernels take {', '.join(DTYPES)}")
-    if target.is_tpu:
-        reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
-    return tuple(reasons)
+    return tuple(triton_reasons(target, dtype=spec.dtype))
 
 
 def forward(spec: GluMatmulSpec, config: GluMatmulConfig, x: Array, w_gate: Array, w_up: Array) -> Plan:

@@ -21,7 +21,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, contract, fit_block, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, contract, fit_block, in_chunks, vmem_budget, write_parts
+from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
 from .pallas_tiling import (
     FEATURES_AT_ONCE,
@@ -29,32 +30,22 @@ from .pallas_tiling import (
     cap,
     columns_at_once,
     fold,
-    in_chunks,
     multiply,
     over_rows,
     parts_of,
     piece_of,
     turn,
     whole_and_last,
-    write_parts,
 )
 from .spec import IGNORED, LinearCrossEntropySpec
 from .tiles import LinearCrossEntropyConfig, tpu_bytes
-
-DTYPES = ("float32", "bfloat16")  # what the TPU compiler multiplies; interpreted, float16 too
 
 Result = jax.Array | None
 
 
 def supports(spec: LinearCrossEntropySpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Reasons why these kernels cannot run, with what would mend it; () if they can."""
-    reasons = []
-    if target.is_gpu:
-        reasons.append(f"target: got {target.name}; Pallas kernels here are for TPUs, use implementation='triton'")
-    if spec.dtype == "float16" and target.is_tpu:
-        reasons.append(f"dtype: got float16, which the compiler of TPU {target.name} does not take; use bfloat16")
-    elif spec.dtype not in (*DTYPES, "float16"):
-        reasons.append(f"dtype: got {spec.dtype}; it must be one of {', '.join(DTYPES)}")
+    reasons = pallas_reasons(target, dtype=spec.dtype)
     needed = max(tpu_bytes(spec, kernel, LANES, LANES) for kernel in (("forward", "dhidden")[: 1 + needs_grad]))
     if target.is_tpu and needed > vmem_budget(target):
         reasons.append(

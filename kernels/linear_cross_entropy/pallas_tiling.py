@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, contract, few_registers
+from ..tiles.pallas_tiles import LANES, SUBLANES, contract, few_registers, in_chunks, write_parts
 from ..tiles.targets import Target
 
 FEATURES_AT_ONCE = 512  # of a product of rows of hidden and weight
@@ -62,11 +62,7 @@ def add_products(
 
 
 def parts_of(block_ref: Any, parts_ref: Any | None, piece: tuple[int, int]) -> Callable[[Any], Any]:
-    """The block's parts by number: itself, or of float32 the three of which it is the sum, which are written here.
-
-    Three bfloat16 hold all 24 bits of a float32. Six products of them, those down to 2**-16 of the largest, give the
-    float32 product (Henry, Tang & Heinecke, arXiv:1904.06376). The compiler's own split spills, having no room for it.
-    """
+    """The block's parts by number: itself, or of float32 the three of which it is the sum (see `split_parts`)."""
     if parts_ref is None:
         return lambda part: block_ref
     height, width = block_ref.shape
@@ -76,15 +72,6 @@ def parts_of(block_ref: Any, parts_ref: Any | None, piece: tuple[int, int]) -> C
 
     in_chunks(width, piece[1], split)
     return lambda part: parts_ref.at[part, :, :width]
-
-
-def write_parts(parts_ref: Any, rows: Any, cols: Any, rest: jax.Array) -> None:
-    """Write a tile as the sum of its parts, [parts, rows, columns]; one part is the tile itself, rounded."""
-    for index in range(parts_ref.shape[0]):
-        part = rest.astype(parts_ref.dtype)
-        parts_ref[index, rows, cols] = part
-        if index + 1 < parts_ref.shape[0]:
-            rest = rest - part.astype(jnp.float32)
 
 
 def turn(from_ref: Any, to_ref: Any) -> None:
@@ -133,18 +120,6 @@ def over_rows(size: int, piece: int, body: Callable[[Any, Any], Any], carry: Any
     if size >= piece:
         carry = lax.fori_loop(0, size // piece, step, carry)
     return body(pl.ds(size // piece * piece, size % piece), carry) if size % piece else carry
-
-
-def in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
-    """Run the body on slices of that many columns, and on what is left."""
-
-    def step(index: jax.Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
-
-    if size >= chunk:
-        lax.fori_loop(0, size // chunk, step, None)
-    if size % chunk:
-        body(pl.ds(size // chunk * chunk, size % chunk))
 
 
 def columns_at_once(target: Target) -> int:

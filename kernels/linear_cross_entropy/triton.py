@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_products import halves, indices, strides
 from ..tiles.triton_tiles import LN_2, LOG2_E, advance
@@ -19,7 +20,6 @@ from .tiles import LinearCrossEntropyConfig
 from .triton_backward import backward
 from .triton_common import AT_ONCE, NO_TOKEN, cap, logits_arguments, per_token, products
 
-DTYPES = ("float32", "float16", "bfloat16")
 JOIN_TOKENS, JOIN_PARTS = 64, 16  # the tile of the kernel that joins the programs' results
 
 __all__ = ["backward", "forward", "supports"]
@@ -27,12 +27,7 @@ __all__ = ["backward", "forward", "supports"]
 
 def supports(spec: LinearCrossEntropySpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
-    reasons = []
-    if spec.dtype not in DTYPES:
-        reasons.append(f"dtype: got {spec.dtype}; the Triton kernels take {', '.join(DTYPES)}")
-    if target.is_tpu:
-        reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
-    return tuple(reasons)
+    return tuple(triton_reasons(target, dtype=spec.dtype))
 
 
 def forward(

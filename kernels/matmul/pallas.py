@@ -32,25 +32,17 @@ from ..tiles.pallas_tiles import (
     in_pieces,
     split_parts,
 )
+from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
 from .spec import MatmulSpec
 from .tiles import MatmulConfig
 
-DTYPES = ("float32", "bfloat16")  # what the TPU compiler multiplies; interpreted, float16 too
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 512, 512  # the tile of the kernel that only reads, scales and sums
 
 
 def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Reasons why these kernels cannot run, with what would mend it; () if they can. Forward and backward are alike."""
-    reasons = []
-    if target.is_gpu:
-        reasons.append(f"target: got {target.name}; Pallas kernels here are for TPUs, use implementation='triton'")
-    for name, dtype in (("dtype", spec.dtype), ("out_dtype", spec.out_dtype)):
-        if dtype == "float16" and target.is_tpu:
-            reasons.append(f"{name}: got float16, which the compiler of TPU {target.name} does not take; use bfloat16")
-        elif dtype not in (*DTYPES, "float16"):
-            reasons.append(f"{name}: got {dtype}; it must be one of {', '.join(DTYPES)}")
-    return tuple(reasons)
+    return tuple(pallas_reasons(target, dtype=spec.dtype, out_dtype=spec.out_dtype))
 
 
 def forward(

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_activations import activate, derivative
 from ..tiles.triton_products import (
@@ -29,20 +30,13 @@ from ..tiles.triton_tiles import advance
 from .spec import MatmulSpec
 from .tiles import MatmulConfig
 
-DTYPES = ("float32", "float16", "bfloat16")
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 64, 128  # the tile of the kernels that only read, scale and sum
 EPILOGUE_COLS = tl.constexpr(32)
 
 
 def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
-    reasons = []
-    for name, dtype in (("dtype", spec.dtype), ("out_dtype", spec.out_dtype)):
-        if dtype not in DTYPES:
-            reasons.append(f"{name}: got {dtype}; the Triton kernels take {', '.join(DTYPES)}")
-    if target.is_tpu:
-        reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
-    return tuple(reasons)
+    return tuple(triton_reasons(target, dtype=spec.dtype, out_dtype=spec.out_dtype))
 
 
 def forward(

@@ -19,24 +19,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, fold, in_chunks, vmem_budget
+from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import MIB, Target
 from .spec import NormSpec
 from .tiles import NormConfig
 
-DTYPES = ("float32", "bfloat16")  # what the TPU compiler takes; interpreted, float16 too
 ROWS = 16  # of a block that are worked on at a time: a tile of bfloat16 is as high
 _ARRAYS = 4  # that a backward has a block of: x, dy, dsummed and dx
 
 
 def supports(spec: NormSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Reasons why these kernels cannot run, with what would mend it; () if they can."""
-    reasons = []
-    if target.is_gpu:
-        reasons.append(f"target: got {target.name}; Pallas kernels here are for TPUs, use implementation='triton'")
-    if spec.dtype == "float16" and target.is_tpu:
-        reasons.append(f"dtype: got float16, which the compiler of TPU {target.name} does not take; use bfloat16")
-    elif spec.dtype not in (*DTYPES, "float16"):
-        reasons.append(f"dtype: got {spec.dtype}; it must be one of {', '.join(DTYPES)}")
+    reasons = pallas_reasons(target, dtype=spec.dtype)
     if target.is_tpu and spec.hidden > (most := _longest_row(spec, target)):
         reasons.append(
             f"x: its last dimension is {spec.hidden}; the Pallas kernels keep whole rows in VMEM, and {target.name} "

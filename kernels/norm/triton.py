@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_products import indices, strides
 from ..tiles.triton_tiles import advance
@@ -28,17 +29,10 @@ from .triton_common import (
 
 __all__ = ["backward", "forward", "supports"]
 
-DTYPES = ("float32", "float16", "bfloat16")
-
 
 def supports(spec: NormSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
-    reasons = []
-    if spec.dtype not in DTYPES:
-        reasons.append(f"dtype: got {spec.dtype}; the Triton kernels take {', '.join(DTYPES)}")
-    if target.is_tpu:
-        reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
-    return tuple(reasons)
+    return tuple(triton_reasons(target, dtype=spec.dtype))
 
 
 def forward(

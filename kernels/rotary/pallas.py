@@ -18,24 +18,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, in_chunks, pad_to, round_up, vmem_budget
+from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import MIB, Target
 from .spec import RotarySpec
 from .tiles import RotaryConfig
 
-DTYPES = ("float32", "bfloat16")  # what the TPU compiler takes; interpreted, float16 too
 FIRST, SECOND, ALONE = 0, 1, 2  # the role of an element in its pair
 ROWS = 16  # of a block that are worked on at a time: a tile of bfloat16 is as high
 
 
 def supports(spec: RotarySpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Reasons why these kernels cannot run, with what would mend it; () if they can. Forward and backward are alike."""
-    reasons = []
-    if target.is_gpu:
-        reasons.append(f"target: got {target.name}; Pallas kernels here are for TPUs, use implementation='triton'")
-    if spec.dtype == "float16" and target.is_tpu:
-        reasons.append(f"dtype: got float16, which the compiler of TPU {target.name} does not take; use bfloat16")
-    elif spec.dtype not in (*DTYPES, "float16"):
-        reasons.append(f"dtype: got {spec.dtype}; it must be one of {', '.join(DTYPES)}")
+    reasons = pallas_reasons(target, dtype=spec.dtype)
     width = spec.heads * spec.head_dim
     if target.is_tpu and width > (most := _widest(spec, target)):
         reasons.append(

@@ -10,24 +10,19 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_products import strides
 from ..tiles.triton_tiles import advance, needs_wide_offsets
 from .spec import RotarySpec
 from .tiles import RotaryConfig
 
-DTYPES = ("float32", "float16", "bfloat16")
 _AXES = "batch", "row", "head", "col"
 
 
 def supports(spec: RotarySpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
-    reasons = []
-    if spec.dtype not in DTYPES:
-        reasons.append(f"dtype: got {spec.dtype}; the Triton kernels take {', '.join(DTYPES)}")
-    if target.is_tpu:
-        reasons.append(f"target: {target.name} is a TPU; the Triton kernels run on GPUs and in the interpreter")
-    return tuple(reasons)
+    return tuple(triton_reasons(target, dtype=spec.dtype))
 
 
 def forward(

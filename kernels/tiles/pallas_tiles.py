@@ -177,15 +177,18 @@ def split_parts(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bo
     Three bfloat16 hold all 24 bits of a float32. Six products of them, those down to 2**-16 of the largest, give the
     float32 product (Henry, Tang & Heinecke, arXiv:1904.06376). The compiler's own split spills, having no room for it.
     """
-    count = parts_ref.shape[0]
 
     def write(rows: Any, cols: Any) -> None:
-        rest = block_ref[cols, rows].T if turn else block_ref[rows, cols]
-        for index in range(count):
-            part = rest.astype(parts_ref.dtype)
-            parts_ref[index, rows, cols] = part
-            if count > 1:
-                rest = rest - part.astype(jnp.float32)
+        write_parts(parts_ref, rows, cols, block_ref[cols, rows].T if turn else block_ref[rows, cols])
 
     in_pieces(parts_ref.shape[1:], (LANES, LANES) if turn else piece, write)
-    return [parts_ref.at[index] for index in range(count)]
+    return [parts_ref.at[index] for index in range(parts_ref.shape[0])]
+
+
+def write_parts(parts_ref: Any, rows: Any, cols: Any, rest: jax.Array) -> None:
+    """Write a tile as the sum of its parts; one part is the tile itself, rounded."""
+    for index in range(parts_ref.shape[0]):
+        part = rest.astype(parts_ref.dtype)
+        parts_ref[index, rows, cols] = part
+        if index + 1 < parts_ref.shape[0]:
+            rest = rest - part.astype(jnp.float32)

@@ -11,7 +11,7 @@ import numpy as np
 
 import crosstile
 from crosstile import mods
-from crosstile.arguments import PREPARE
+from crosstile.calls import PREPARE
 
 from .case import Arrays, Case, Frameworks
 from .row_cases import ROWS

@@ -59,11 +59,11 @@ class Shape(ABC):
 
     def prepare(self, dtype: str) -> tuple[Any, tuple[Any, ...]]:
         """The spec and the kernels' inputs as the public function makes them, of NumPy arrays of zeros."""
-        from crosstile import arguments
+        from crosstile import calls
 
         arrays = {name: np.zeros(size, numpy_dtype(kind)) for name, (size, kind) in self.arrays(dtype).items()}
-        spec, inputs = arguments.PREPARE[self.function](**self.call(arrays))
-        spec, inputs, _ = arguments.CANONICAL[self.op](np, spec, inputs)
+        spec, inputs = calls.PREPARE[self.function](**self.call(arrays))
+        spec, inputs, _ = calls.CANONICAL[self.op](np, spec, inputs)
         return spec, inputs
 
     def bytes(self, dtype: str) -> float:

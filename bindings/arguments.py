@@ -196,76 +196,7 @@ def prepare_matmul(
     return MatmulSpec(dtype, name, activation), (a, b, bias, residual)
 
 
-def prepare_paged_attention(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.paged`."""
-    from crosstile.paged import prepare_paged_attention as prepare
-
-    return prepare(*args, **kwargs)
-
-
-def prepare_glu_matmul(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.glu_arguments`."""
-    from crosstile.glu_arguments import prepare_glu_matmul as prepare
-
-    return prepare(*args, **kwargs)
-
-
-def prepare_rotary(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.rotary_arguments`."""
-    from crosstile.rotary_arguments import prepare_rotary as prepare
-
-    return prepare(*args, **kwargs)
-
-
-def prepare_rms_norm(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.norm_arguments`."""
-    from crosstile.norm_arguments import prepare_rms_norm as prepare
-
-    return prepare(*args, **kwargs)
-
-
-def prepare_layer_norm(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.norm_arguments`."""
-    from crosstile.norm_arguments import prepare_layer_norm as prepare
-
-    return prepare(*args, **kwargs)
-
-
-def prepare_linear_cross_entropy(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.cross_entropy`."""
-    from crosstile.cross_entropy import prepare_linear_cross_entropy as prepare
-
-    return prepare(*args, **kwargs)
-
-
-def prepare_linear_cross_entropy_shard(*args: Any, **kwargs: Any) -> Any:
-    """The spec and the arrays of a call: see `crosstile.cross_entropy`."""
-    from crosstile.cross_entropy import prepare_linear_cross_entropy_shard as prepare
-
-    return prepare(*args, **kwargs)
-
-
-RUN_BY = {
-    "linear_cross_entropy_shard": "linear_cross_entropy",
-    "varlen_attention": "attention",
-    "rms_norm": "norm",
-    "layer_norm": "norm",
-}  # public functions that are another op's kernels
-PREPARE: dict[str, Callable[..., tuple[Any, tuple[Any, ...]]]] = {
-    "attention": prepare_attention,
-    "varlen_attention": prepare_varlen_attention,
-    "paged_attention": prepare_paged_attention,
-    "matmul": prepare_matmul,
-    "glu_matmul": prepare_glu_matmul,
-    "rms_norm": prepare_rms_norm,
-    "layer_norm": prepare_layer_norm,
-    "rotary": prepare_rotary,
-    "linear_cross_entropy": prepare_linear_cross_entropy,
-    "linear_cross_entropy_shard": prepare_linear_cross_entropy_shard,
-}
-
-
-def canonical_attention(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+def canonical_as_it_is(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
     """The arrays are canonical as they come."""
     return spec, arrays, ()
 
@@ -292,38 +223,6 @@ def canonical_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, 
     if residual is not None:
         residual = xp.broadcast_to(residual, shape).reshape(batch, rows, n)
     return spec, (a, b, bias, residual), shape
-
-
-def canonical_glu_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
-    """The arrays with one leading batch each, and the shape to give the result: see `crosstile.glu_arguments`."""
-    from crosstile.glu_arguments import canonical_glu_matmul as canonical
-
-    return canonical(xp, spec, arrays)
-
-
-def canonical_rotary(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
-    """The arrays with one leading batch each: see `crosstile.rotary_arguments`."""
-    from crosstile.rotary_arguments import canonical_rotary as canonical
-
-    return canonical(xp, spec, arrays)
-
-
-def canonical_norm(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> Any:
-    """The arrays with one leading batch each, and the shape to give the result: see `crosstile.norm_arguments`."""
-    from crosstile.norm_arguments import canonical_norm as canonical
-
-    return canonical(xp, spec, arrays)
-
-
-CANONICAL: dict[str, Callable[..., Any]] = {
-    "attention": canonical_attention,
-    "linear_cross_entropy": canonical_attention,
-    "paged_attention": canonical_attention,
-    "matmul": canonical_matmul,
-    "glu_matmul": canonical_glu_matmul,
-    "norm": canonical_norm,
-    "rotary": canonical_rotary,
-}
 
 
 # ---- Checks

@@ -352,13 +352,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     >>> print(str(explain("attention", x, x, x, causal=True)).splitlines()[0])
     attention runs with 'numpy' on numpy's own device, the choice for numpy arrays on cpu.
     """
-    from crosstile import arguments
+    from crosstile import calls
 
-    if op not in arguments.PREPARE:
-        raise ValueError(f"op: got {op!r}; it must be one of {', '.join(arguments.PREPARE)}")
+    if op not in calls.PREPARE:
+        raise ValueError(f"op: got {op!r}; it must be one of {', '.join(calls.PREPARE)}")
     named, config = kwargs.pop("implementation", None), kwargs.pop("config", None)
-    spec, arrays = arguments.PREPARE[op](*args, **kwargs)
-    subject = OPS[arguments.RUN_BY.get(op, op)]
+    spec, arrays = calls.PREPARE[op](*args, **kwargs)
+    subject = OPS[calls.RUN_BY.get(op, op)]
     origin = "as the call says"
     if named is None and (named := _surroundings.implementation):
         origin = "as crosstile.use says"

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crosstile import arguments, plans
+from crosstile import calls, plans
 from crosstile import numpy as on_host
 from crosstile.dispatch import Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
@@ -158,7 +158,7 @@ def call(
     op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
 ) -> tuple[Any, ...]:
     """The op's outputs, differentiable."""
-    spec, arrays, shape = arguments.CANONICAL[op.name](jnp, spec, arrays)
+    spec, arrays, shape = calls.CANONICAL[op.name](jnp, spec, arrays)
     config = config or op.module("tiles").choose_config(spec, target)
     arrays = own(plans.completed(op, implementation, spec, config, target, arrays), arrays[0])
     outputs = _differentiable(op, spec, implementation, config, target)(*arrays)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from crosstile import arguments, plans
+from crosstile import calls, plans
 from crosstile.dispatch import Op
 from crosstile.kernels.tiles.expressions import functions_of
 from crosstile.kernels.tiles.launch import Array
@@ -45,7 +45,7 @@ def call(
 ) -> tuple[Any, ...]:
     """The op's outputs."""
     arrays = plans.map_arrays(lambda array: array.astype(array.dtype.newbyteorder("="), copy=False), arrays)
-    spec, arrays, shape = arguments.CANONICAL[op.name](np, spec, arrays)
+    spec, arrays, shape = calls.CANONICAL[op.name](np, spec, arrays)
     outputs = execute(op, "forward", spec, arrays, implementation, config, target)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
 

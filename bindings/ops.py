@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from crosstile import arguments, dispatch
+from crosstile import arguments, dispatch, glu_arguments, norm_arguments
 
 
 def attention(
@@ -268,7 +268,7 @@ def glu_matmul(
     >>> glu_matmul(x, w_gate, w_up, activation="relu")[0].tolist()
     [6.0, 6.0, 6.0, 0.0]
     """
-    spec, arrays = arguments.prepare_glu_matmul(x, w_gate, w_up, activation=activation)
+    spec, arrays = glu_arguments.prepare_glu_matmul(x, w_gate, w_up, activation=activation)
     return dispatch.run(dispatch.OPS["glu_matmul"], spec, arrays, implementation, config)[0]
 
 
@@ -311,7 +311,7 @@ def rms_norm(
     >>> y.round(4).tolist(), summed.tolist()
     ([[0.8485, 1.1314]], [[6.0, 8.0]])
     """
-    spec, arrays = arguments.prepare_rms_norm(x, weight, eps=eps, residual=residual, zero_centered=zero_centered)
+    spec, arrays = norm_arguments.prepare_rms_norm(x, weight, eps=eps, residual=residual, zero_centered=zero_centered)
     y, summed = dispatch.run(dispatch.OPS["norm"], spec, arrays, implementation, config)
     return y if residual is None else (y, summed.reshape(x.shape))
 
@@ -352,7 +352,7 @@ def layer_norm(
     >>> layer_norm(np.array([1.0, 3.0]), np.ones(2), np.array([5.0, 5.0]), eps=0.0).tolist()
     [4.0, 6.0]
     """
-    spec, arrays = arguments.prepare_layer_norm(x, weight, bias, eps=eps, residual=residual)
+    spec, arrays = norm_arguments.prepare_layer_norm(x, weight, bias, eps=eps, residual=residual)
     y, summed = dispatch.run(dispatch.OPS["norm"], spec, arrays, implementation, config)
     return y if residual is None else (y, summed.reshape(x.shape))
 
@@ -401,7 +401,9 @@ def rotary(
     >>> rotary(x, np.array([1])).ravel().round(4).tolist()  # (cos 1, sin 1)
     [0.5403, 0.8415]
     """
-    spec, arrays = arguments.prepare_rotary(
+    from crosstile.rotary_arguments import prepare_rotary  # which needs NumPy
+
+    spec, arrays = prepare_rotary(
         x, positions, base=base, scaling=scaling, interleaved=interleaved, rotary_dim=rotary_dim
     )
     rotated, rotated_k = dispatch.run(dispatch.OPS["rotary"], spec, arrays, implementation, config)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch.library import custom_op
 
-from crosstile import arguments, plans
+from crosstile import calls, plans
 from crosstile import numpy as on_host
 from crosstile.dispatch import OPS, Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
@@ -170,7 +170,7 @@ def call(
 ) -> tuple[Any, ...]:
     """The op's outputs, recorded by autograd."""
     _check_devices(op, arrays)
-    spec, arrays, shape = arguments.CANONICAL[op.name](torch, spec, arrays)
+    spec, arrays, shape = calls.CANONICAL[op.name](torch, spec, arrays)
     if needs_grad(arrays):
         spec = op.module("spec").saving(spec)
     if torch._C._are_functorch_transforms_active():

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from crosstile.arguments import PREPARE
 from crosstile.bench import compile as compiling
 from crosstile.bench import pool, programs
 from crosstile.bench.attention_shapes import AttentionShape
@@ -17,6 +16,7 @@ from crosstile.bench.facts import KernelFacts, over_budget
 from crosstile.bench.programs import Job
 from crosstile.bench.shape import Shape
 from crosstile.bench.shapes import SHAPES, get_shape
+from crosstile.calls import PREPARE
 from crosstile.kernels.tiles.targets import TARGETS
 
 GOOD = KernelFacts("forward", "q 64", 100, {"HGMMA": 8}, "bfloat16", 0, 1024, registers=128)

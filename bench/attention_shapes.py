@@ -117,6 +117,23 @@ class AttentionShape(Shape):
             found |= dict.fromkeys(("q_lengths", "kv_lengths"), (lead, "int32"))
         return found
 
+    def integers(self) -> dict[str, np.ndarray]:
+        """Sequences of one length packed, documents of 1024 tokens, and a batch from a whole sequence to one token."""
+        found: dict[str, np.ndarray] = {}
+        if self.packed:
+            starts = np.arange(self.packed + 1) * (self.q_len // self.packed)
+            found |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), starts)
+        if self.segments:
+            found["segment_ids"] = np.broadcast_to(np.arange(self.q_len) // 1024, (self.batch, self.q_len))
+        if self.lengths:
+            lengths = np.array([self.q_len, self.q_len // 2, self.q_len // 3, 1])
+            found |= dict.fromkeys(("q_lengths", "kv_lengths"), lengths[: self.batch])
+        return found
+
+    def deviation(self, name: str) -> float:
+        """Scales of float8, and slopes, are small."""
+        return 0.05 if "scale" in name or name == "slopes" else 1.0
+
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name."""
         from crosstile import mods

@@ -14,6 +14,8 @@ from crosstile import mods
 from crosstile.calls import PREPARE
 
 from .case import Arrays, Case, Frameworks
+from .grouped_cases import GROUPED
+from .quantized_cases import QUANTIZED_CASES
 from .row_cases import ROWS
 
 _OPERANDS = ("a", "b", "bias", "residual")
@@ -232,7 +234,7 @@ class MatmulCase(Case):
 
 QUICK = (
     "causal, grouped, d 40", "window, softcap, sinks, ALiBi", "decoding from pages", "silu, 37×80→51",
-    "gated, 21×40→51",
+    "gated, 21×40→51", "groups of 9, 0, 20, 1, 41×40→51",
     "rms_norm with a residual, 13×80", "halves, d 40", "softcap, smoothing, 37×40→90",
 )  # fmt: skip
 
@@ -249,5 +251,7 @@ CASES: tuple[Case, ...] = (
     PagedCase("chunks from pages", lengths=(50, 33), q_len=12, q_heads=4, kv_heads=2, head_dim=40, page_size=32),
     MatmulCase("silu, 37×80→51", m=37, k=80, n=51, activation="silu"),
     MatmulCase("gelu_tanh, 64×45→96", m=64, k=45, n=96, activation="gelu_tanh"),
+    *GROUPED,
     *ROWS,
+    *QUANTIZED_CASES,
 )  # fmt: skip

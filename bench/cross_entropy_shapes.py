@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .shape import Shape, Size
 
 
@@ -38,6 +40,14 @@ class CrossEntropyShape(Shape):
             "weight": ((self.vocab, self.features), dtype),
             "targets": ((self.tokens,), "int32"),
         }
+
+    def integers(self) -> dict[str, np.ndarray]:
+        """Targets drawn from the whole vocabulary."""
+        return {"targets": np.random.default_rng(0).integers(0, self.vocab, self.tokens)}
+
+    def deviation(self, name: str) -> float:
+        """Logits of a deviation of one."""
+        return self.features**-0.5 if name == "weight" else 1.0
 
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name."""

@@ -26,6 +26,7 @@ _TYPES = {
     "int64": "i64",
     "int32": "i32",
     "int8": "i8",
+    "uint8": "u8",
     "bool": "i1",
 }
 _ITEM_BYTES = {
@@ -37,6 +38,7 @@ _ITEM_BYTES = {
     "int64": 8,
     "int32": 4,
     "int8": 1,
+    "uint8": 1,
     "bool": 1,
 }
 _DIVISIBLE = ["tt.divisibility", 16]
@@ -62,17 +64,22 @@ def compile_plan(plan: Plan, target_name: str) -> tuple[KernelFacts, ...]:
     return tuple(programs.values())
 
 
-def _compile(launch: Launch, arrays: dict[str, Array], target: Target) -> KernelFacts:
+def compiled_launch(launch: Launch, arrays: dict[str, Array], target: Target) -> Any:
+    """What Triton makes of a launch: `asm` and `metadata`."""
     import triton
     from triton.compiler import ASTSource
 
-    started = time.perf_counter()
     signature, constants, attributes = specialise(launch, arrays, target)
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=gpu_target(target),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
     )
+
+
+def _compile(launch: Launch, arrays: dict[str, Array], target: Target) -> KernelFacts:
+    started = time.perf_counter()
+    compiled = compiled_launch(launch, arrays, target)
     code = _read(compiled, target)
     return KernelFacts(
         kernel=f"{launch.kernel.__name__.strip('_')} → {', '.join(launch.outputs)}",
@@ -138,7 +145,8 @@ def _argument(value: Array | float | None, parameter: Any, target: Target) -> Ar
         return "constexpr", None, []
     if isinstance(value, Array):
         near = target.platform == "rocm" and (value.reach + 1) * _ITEM_BYTES[value.dtype] < 2**31
-        return f"*{_TYPES[value.dtype]}", None, [_DIVISIBLE] * aligns + [_NEAR] * (specialises and near)
+        hints = [_DIVISIBLE] * (aligns and value.aligned) + [_NEAR] * (specialises and near)
+        return f"*{_TYPES[value.dtype]}", None, hints
     if isinstance(value, bool):
         return "u1", None, []
     if isinstance(value, float):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+import numpy as np
+
 from .shape import Shape, Size
 
 
@@ -55,6 +57,16 @@ class PagedAttentionShape(Shape):
         if self.page_dtype:
             found |= dict.fromkeys(("k_scales", "v_scales"), ((self.kv_heads,), "float32"))
         return found
+
+    def integers(self) -> dict[str, np.ndarray]:
+        """Pages in any order, every sequence of the same length."""
+        used = self.kv_len // self.page_size
+        pages = np.random.default_rng(0).permutation(self.batch * used).reshape(self.batch, used)
+        return {"page_table": pages, "lengths": np.full(self.batch, self.kv_len)}
+
+    def deviation(self, name: str) -> float:
+        """Scales are small."""
+        return 0.05 if "scale" in name else 1.0
 
 
 _KINDS = {"": None, "-int8": "int8", "-fp8": "float8_e4m3fn"}

@@ -99,8 +99,11 @@ def _describe(array: Any) -> Array:
     return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
 
 
-def tpu_program(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """A function that calls the public op for the target, and its arguments as trees of ShapeDtypeStruct."""
+def tpu_program(job: Job, config: Any = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A function that calls the public op for the target, and its arguments as trees of ShapeDtypeStruct.
+
+    `config` are the op's tiles, None for those that the library chooses.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -112,7 +115,8 @@ def tpu_program(job: Job) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     others = {name: struct for name, struct in structs.items() if name not in floats}
 
     def call(floats: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
-        return getattr(crosstile, shape.function)(**shape.call({**floats, **others}), implementation="pallas")
+        arguments = shape.call({**floats, **others})
+        return getattr(crosstile, shape.function)(**arguments, config=config, implementation="pallas")
 
     def for_target(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from .shape import Shape, Size
 
 
@@ -44,6 +46,10 @@ class RotaryShape(Shape):
         """Size and dtype of every array of the call."""
         q, k = ((1, self.length, heads, self.head_dim) for heads in (self.q_heads, self.kv_heads))
         return {"q": (q, dtype), "k": (k, dtype), "positions": ((1, self.length), "int32")}
+
+    def integers(self) -> dict[str, np.ndarray]:
+        """Positions from 0 on."""
+        return {"positions": np.arange(self.length)[None]}
 
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name."""

@@ -53,6 +53,14 @@ class Shape(ABC):
     def arrays(self, dtype: str) -> dict[str, tuple[Size, str]]:
         """Size and dtype of every array of the call, by a name; those of a float dtype are differentiated."""
 
+    def integers(self) -> dict[str, np.ndarray]:
+        """What the arrays of integers hold where the call is run and not only compiled."""
+        return {}
+
+    def deviation(self, name: str) -> float:
+        """Of the normal numbers that the array of that name holds there."""
+        return 1.0
+
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name, made of those arrays in any framework."""
         return dict(arrays)

@@ -8,18 +8,23 @@ from __future__ import annotations
 from .attention_shapes import ATTENTION, FEATURES
 from .cross_entropy_shapes import CROSS_ENTROPY
 from .glu_shapes import GLU
+from .grouped_shapes import GROUPED
 from .matmul_shapes import MATMUL
 from .norm_shapes import NORM
 from .paged_shapes import PAGED
+from .quantized_shapes import QUANTIZED
 from .rotary_shapes import ROTARY
 from .shape import Shape
 
-SHAPES: tuple[Shape, ...] = (*ATTENTION, *MATMUL, *GLU, *NORM, *ROTARY, *CROSS_ENTROPY, *FEATURES, *PAGED)
+SHAPES: tuple[Shape, ...] = (
+    *ATTENTION, *MATMUL, *GLU, *GROUPED, *QUANTIZED, *NORM, *ROTARY, *CROSS_ENTROPY, *FEATURES, *PAGED,
+)  # fmt: skip
 
 OPS = tuple(dict.fromkeys(shape.op for shape in SHAPES))
 QUICK = (
     "llama-3.2-1b", "llama-3-8b", "gpt-oss-20b", "llama-3-8b-paged", "llama-3-8b-down", "llama-3-8b-glu",
-    "llama-3-8b-norm",
+    "llama-3-8b-norm", "qwen3-30b-a3b-down",
+    "llama-3-8b-gate-int4",
     "llama-3-8b-rotary", "llama-3-8b-head",
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from crosstile import dispatch
 from crosstile.kernels.attention.spec import FLOAT8, INPUTS, AttentionInputs, AttentionSpec
-from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
+from crosstile.kernels.matmul.spec import ACTIVATIONS, PRECISIONS, MatmulSpec
 from crosstile.kernels.tiles.expressions import SCORE
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
@@ -170,7 +170,14 @@ def _prepare_beside(
 
 
 def prepare_matmul(
-    a: Any, b: Any, *, bias: Any = None, activation: str | None = None, residual: Any = None, out_dtype: Any = None
+    a: Any,
+    b: Any,
+    *,
+    bias: Any = None,
+    activation: str | None = None,
+    residual: Any = None,
+    out_dtype: Any = None,
+    precision: str | None = None,
 ) -> tuple[MatmulSpec, tuple[Any, ...]]:
     """The spec and the arrays of a call, in the order of the op's inputs."""
     dtype = common_dtype(("a", "b", "bias", "residual"), (a, b, bias, residual))
@@ -193,7 +200,9 @@ def prepare_matmul(
     name = dtype if out_dtype is None else dtype_name(out_dtype)
     if name not in FLOATS:
         raise ValueError(f"out_dtype: got {out_dtype!r}; it must be one of {', '.join(FLOATS)}")
-    return MatmulSpec(dtype, name, activation), (a, b, bias, residual)
+    if precision is not None:
+        check_precision(precision, dtype)
+    return MatmulSpec(dtype, name, activation, precision=precision), (a, b, bias, residual)
 
 
 def canonical_as_it_is(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
@@ -226,6 +235,16 @@ def canonical_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, 
 
 
 # ---- Checks
+
+
+def check_precision(precision: Any, dtype: str) -> None:
+    """Refuse a precision that there is not, or of arrays other than float32."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}; it must be None or one of {', '.join(PRECISIONS)}")
+    if dtype != "float32":
+        raise ValueError(
+            f"precision: got {precision!r} with {dtype} arrays; it must be None, for it says how float32 is multiplied"
+        )
 
 
 def constant(number: Any) -> Any:

@@ -19,7 +19,17 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from crosstile.kernels import attention, glu_matmul, linear_cross_entropy, matmul, norm, paged_attention, rotary
+from crosstile.kernels import (
+    attention,
+    glu_matmul,
+    grouped_matmul,
+    linear_cross_entropy,
+    matmul,
+    norm,
+    paged_attention,
+    quantized_matmul,
+    rotary,
+)
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import show
 from crosstile.kernels.tiles.targets import INTERPRET, Target, get_target
@@ -92,10 +102,12 @@ OPS = {
     for op in (
         Op("attention", attention),
         Op("glu_matmul", glu_matmul),
+        Op("grouped_matmul", grouped_matmul),
         Op("linear_cross_entropy", linear_cross_entropy),
         Op("matmul", matmul),
         Op("norm", norm),
         Op("paged_attention", paged_attention),
+        Op("quantized_matmul", quantized_matmul),
         Op("rotary", rotary),
     )
 }
@@ -358,7 +370,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError(f"op: got {op!r}; it must be one of {', '.join(calls.PREPARE)}")
     named, config = kwargs.pop("implementation", None), kwargs.pop("config", None)
     spec, arrays = calls.PREPARE[op](*args, **kwargs)
-    subject = OPS[calls.RUN_BY.get(op, op)]
+    subject = OPS[calls.run_by(op, spec)]
     origin = "as the call says"
     if named is None and (named := _surroundings.implementation):
         origin = "as crosstile.use says"

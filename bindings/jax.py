@@ -277,7 +277,7 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
                 present.index(name): number for number, name in enumerate(launch.outputs) if name in present
             },
             **launch.numbers,
-            **launch.constants,
+            **{**launch.constants, **launch.without_memory},
         )
         memory.update(zip(launch.outputs, results, strict=True))
     return tuple(memory[name] for name in plan.outputs)

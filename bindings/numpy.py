@@ -134,4 +134,5 @@ def look_up(held: Any, indices: list[Any], like: Any) -> Any:
 
 
 def _describe(array: np.ndarray) -> Array:
-    return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return Array(array.shape, array.dtype.name, strides, array.ctypes.data % 16 == 0)

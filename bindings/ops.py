@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from crosstile import arguments, dispatch, glu_arguments, norm_arguments
+from crosstile import arguments, dispatch, glu_arguments, grouped_arguments, norm_arguments, quantized_arguments
+from crosstile.quantization import Quantized
 
 
 def attention(
@@ -199,6 +200,7 @@ def matmul(
     activation: str | None = None,
     residual: Any = None,
     out_dtype: Any = None,
+    precision: str | None = None,
     implementation: str | None = None,
     config: Any = None,
 ) -> Any:
@@ -206,20 +208,26 @@ def matmul(
 
     Args:
         a: `[..., m, k]`, float32, float16 or bfloat16, any strides.
-        b: `[k, n]`, or `[..., k, n]` whose leading dimensions broadcast with a's.
+        b: `[k, n]`, or `[..., k, n]` whose leading dimensions broadcast with a's; a's dtype, or a `Quantized` weight of
+            `quantize`, which has no gradient, and whose rounding of a the gradient of a passes as if it were none.
         bias: `[n]`, added before the activation; a's dtype.
         activation: None, "relu", "gelu" (exact), "gelu_tanh" or "silu", computed in float32.
         residual: broadcasts to the result, added after the activation; a's dtype.
         out_dtype: of the result, a dtype of the arrays' framework or its name; None means a's dtype.
+        precision: how float32 is multiplied, forward and backward: None, as float32; or from narrower parts that the
+            matrix units take, with an error of a product beside `|a| @ |b|` of at most 2**-9 ("tf32"), 2**-14
+            ("bf16x3"), 2**-20 ("tf32x3") or 2**-22 ("bf16x6"). AMD GPUs have no tf32, and TPUs none either; there
+            None is "bf16x6". "library" and "numpy" multiply float32 whatever it says.
         implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
-        config: a `MatmulConfig`, the tiles of this call.
+        config: a `MatmulConfig`, the tiles of this call; beside a `Quantized` a `QuantizedMatmulConfig`.
 
     Returns:
         `[..., m, n]` in `out_dtype`, summed in float32; differentiable in a, b, bias and residual.
 
     Raises:
         TypeError: arrays of two frameworks or two dtypes, or of a dtype that is not a float.
-        ValueError: shapes that do not fit, or an unknown activation; the message names the argument.
+        ValueError: shapes that do not fit, an unknown activation or precision, or a precision with arrays other than
+            float32; the message names the argument.
         crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
 
     >>> import numpy as np
@@ -227,9 +235,11 @@ def matmul(
     >>> matmul(a, b, bias=-6 * np.ones(5, np.float32), activation="relu", residual=np.ones(5, np.float32)).max()
     np.float32(1.0)
     """
-    spec, arrays = arguments.prepare_matmul(
-        a, b, bias=bias, activation=activation, residual=residual, out_dtype=out_dtype
-    )
+    epilogue = {"bias": bias, "activation": activation, "residual": residual, "out_dtype": out_dtype}
+    if isinstance(b, Quantized):
+        of_codes, arrays = quantized_arguments.prepare_quantized_matmul(a, b, **epilogue, precision=precision)
+        return dispatch.run(dispatch.OPS["quantized_matmul"], of_codes, arrays, implementation, config)[0]
+    spec, arrays = arguments.prepare_matmul(a, b, **epilogue, precision=precision)
     return dispatch.run(dispatch.OPS["matmul"], spec, arrays, implementation, config)[0]
 
 
@@ -270,6 +280,88 @@ def glu_matmul(
     """
     spec, arrays = glu_arguments.prepare_glu_matmul(x, w_gate, w_up, activation=activation)
     return dispatch.run(dispatch.OPS["glu_matmul"], spec, arrays, implementation, config)[0]
+
+
+def grouped_matmul(
+    lhs: Any,
+    rhs: Any,
+    group_sizes: Any,
+    *,
+    implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """Each group of rows of lhs times a matrix of its own, in one kernel: the experts of a mixture.
+
+    The first `group_sizes[0]` rows are multiplied with `rhs[0]`, the next `group_sizes[1]` with `rhs[1]`, and so on.
+    The sizes are read on the device, and never by the host.
+
+    Args:
+        lhs: `[tokens, k]`, float32, float16 or bfloat16, any strides.
+        rhs: `[groups, k, n]`, lhs' dtype, any strides: weights `[groups, n, k]` come as `weights.swapaxes(1, 2)`.
+        group_sizes: int `[groups]`, none negative, some may be 0; their sum is at most tokens. (Of NumPy's arrays that
+            is checked. Elsewhere a negative size counts as 0, and rows that lhs does not have are left out.)
+        implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
+        config: a `GroupedMatmulConfig`, the tiles of this call.
+
+    Returns:
+        `[tokens, n]` of lhs' dtype, summed in float32; differentiable in lhs and rhs. The rows past the sum of the
+        sizes are 0, and so are their gradients, whatever these rows hold; the gradient of an empty group's matrix is 0.
+
+    Raises:
+        TypeError: arrays of two frameworks or two dtypes, or of a dtype that cannot be.
+        ValueError: shapes or sizes that do not fit; the message names the argument.
+        crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
+
+    Algorithm: Gale et al., "MegaBlocks" (arXiv:2211.15841), who give experts products of their own sizes.
+
+    >>> import numpy as np
+    >>> lhs, rhs = np.ones((4, 2)), np.stack([np.eye(2), 5 * np.eye(2), 7 * np.eye(2)])
+    >>> grouped_matmul(lhs, rhs, np.array([1, 0, 2]))[:, 0].tolist()
+    [1.0, 7.0, 7.0, 0.0]
+    """
+    spec, arrays = grouped_arguments.prepare_grouped_matmul(lhs, rhs, group_sizes)
+    return dispatch.run(dispatch.OPS["grouped_matmul"], spec, arrays, implementation, config)[0]
+
+
+def grouped_glu_matmul(
+    x: Any,
+    w_gate: Any,
+    w_up: Any,
+    group_sizes: Any,
+    *,
+    activation: str = "silu",
+    implementation: str | None = None,
+    config: Any = None,
+) -> Any:
+    """`activation(x @ w_gate) * (x @ w_up)` with matrices of each group's own, in one kernel that reads x once.
+
+    Args:
+        x: `[tokens, k]`, float32, float16 or bfloat16, any strides; its rows in groups as `grouped_matmul` has them.
+        w_gate: `[groups, k, n]`, x's dtype, any strides.
+        w_up: `[groups, k, n]`, the same.
+        group_sizes: int `[groups]`, as for `grouped_matmul`.
+        activation: "relu", "gelu" (exact), "gelu_tanh" or "silu", computed in float32.
+        implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
+        config: a `GroupedMatmulConfig`, the tiles of this call.
+
+    Returns:
+        `[tokens, n]` of x's dtype, summed and gated in float32 and rounded once; 0 in the rows past the sum of the
+        sizes; differentiable in x, w_gate and w_up. A call that is to be differentiated also keeps both products.
+
+    Raises:
+        TypeError: arrays of two frameworks or two dtypes, or of a dtype that cannot be.
+        ValueError: shapes or sizes that do not fit, or an unknown activation; the message names the argument.
+        crosstile.UnsupportedError: the implementation that was named cannot run, with the reason.
+
+    Algorithm: Shazeer, "GLU Variants Improve Transformer" (arXiv:2002.05202), as the experts of a mixture.
+
+    >>> import numpy as np
+    >>> x, w_gate, w_up = np.ones((3, 2)), np.stack([np.eye(2), -np.eye(2)]), np.ones((2, 2, 2))
+    >>> grouped_glu_matmul(x, w_gate, w_up, np.array([1, 1]), activation="relu")[:, 0].tolist()
+    [2.0, 0.0, 0.0]
+    """
+    spec, arrays = grouped_arguments.prepare_grouped_glu_matmul(x, w_gate, w_up, group_sizes, activation=activation)
+    return dispatch.run(dispatch.OPS["grouped_matmul"], spec, arrays, implementation, config)[0]
 
 
 def rms_norm(

@@ -8,7 +8,10 @@ torch op's results cannot be optional.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, get_type_hints
 
@@ -24,7 +27,7 @@ from crosstile import numpy as on_host
 from crosstile.dispatch import OPS, Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import parse, text_of
-from crosstile.kernels.tiles.launch import Array, Plan
+from crosstile.kernels.tiles.launch import Array, Launch, Plan
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, get_target, nearest_cuda
 from crosstile.kernels.tiles.torch_functions import functions_of_torch
 
@@ -385,7 +388,7 @@ def _execute(
         plans.completed(op, implementation, spec, config, target, known),
     )
     if implementation == "triton":
-        plan = plans.make(op, direction, spec, config, plans.map_arrays(_describe, operands))
+        plan = plans.make(op, direction, spec, config, plans.map_arrays(describe, operands))
         tensors = list(plans.collect(op, direction, plan, _launch(plan, plans.by_name(op, operands), like)))
     else:
         from crosstile import torch_tpu
@@ -407,22 +410,58 @@ def _launch(plan: Plan, tensors: dict[str, Tensor], like: Tensor) -> list[Tensor
     for name, array in {**plan.outputs, **plan.scratch}.items():
         memory[name] = torch.empty(array.shape, dtype=getattr(torch, array.dtype), device=like.device)
     with torch.cuda.device(like.device):
-        for launch in plan.launches:
-            if not all(launch.grid):
-                continue
-            pointers = [memory[name] if name else None for name in (*launch.inputs, *launch.outputs)]
-            launch.kernel[launch.grid](
-                *pointers,
-                **launch.numbers,
-                **launch.constants,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-            )
+        copy_context().run(_launch_each, plan, memory, like)
     return [memory[name] for name in plan.outputs]
 
 
-def _describe(tensor: Tensor) -> Array:
-    return Array(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.stride())
+def _launch_each(plan: Plan, memory: dict[str, Tensor], like: Tensor) -> None:
+    """In a context of its own, where kernels get memory for tensor descriptors from torch."""
+    import triton
+
+    triton.set_allocator(lambda size, alignment, stream: like.new_empty(size, dtype=torch.int8))
+    for launch in plan.launches:
+        if not all(launch.grid):
+            continue
+        pointers = [memory[name] if name else None for name in (*launch.inputs, *launch.outputs)]
+        _launcher.run(launch, pointers)
+
+
+def _compile_and_launch(launch: Launch, tensors: list[Tensor | None]) -> None:
+    launch.kernel[launch.grid](
+        *tensors,
+        **launch.numbers,
+        **launch.constants,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+
+
+class _Launcher(threading.local):
+    """How this thread launches a kernel."""
+
+    run: Callable[[Launch, list[Tensor | None]], None] = staticmethod(_compile_and_launch)
+
+
+_launcher = _Launcher()
+
+
+@contextmanager
+def launching(run: Callable[[Launch, list[Tensor | None]], None]) -> Iterator[None]:
+    """Inside, every GPU kernel is launched by `run(launch, tensors)`, such as from programs compiled elsewhere.
+
+    tensors are those of the launch's inputs and outputs, None for an absent one.
+    """
+    before, _launcher.run = _launcher.run, run
+    try:
+        yield
+    finally:
+        _launcher.run = before
+
+
+def describe(tensor: Tensor) -> Array:
+    """What a launch plan knows of a tensor."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return Array(tuple(tensor.shape), dtype, tensor.stride(), tensor.data_ptr() % 16 == 0)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -94,13 +94,6 @@ def take(table: Array, indices: Array) -> Array:
     return table[indices]
 
 
-def take_along_last(array: Array, indices: Array) -> Array:
-    """One element a row: `array` `[..., n]` at `indices` `[...]`."""
-    if framework_of(array) == "torch":
-        return array.take_along_dim(indices[..., None].long(), dim=-1)[..., 0]
-    return namespace(array).take_along_axis(array, indices[..., None], axis=-1)[..., 0]
-
-
 def logsumexp(array: Array) -> Array:
     """Over the last axis, shifted by its maximum."""
     xp = namespace(array)

@@ -1,6 +1,7 @@
-"""Checkpoints in the Hugging Face layout of Llama: `config.json` and safetensors, one file or sharded with an index.
+"""Checkpoints in the Hugging Face layout: `config.json` and safetensors, one file or sharded with an index.
 
-There a projection is `[out, in]`; the parameters here are `[in, out]`, so matrices are transposed on the way.
+There a projection is `[out, in]`, and each expert's is a tensor of its own; the parameters here are `[in, out]`, those
+of all experts in one array. So matrices are transposed on the way, and experts stacked.
 """
 
 from __future__ import annotations
@@ -14,7 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import FRAMEWORKS, Array, Tree, cast, framework_of, from_numpy, to_numpy, tree_leaves, tree_map_with_path
+from .arrays import (
+    FRAMEWORKS,
+    Array,
+    Tree,
+    cast,
+    framework_of,
+    from_numpy,
+    namespace,
+    to_numpy,
+    tree_leaves,
+    tree_map_with_path,
+)
 from .config import Config
 from .transformer import shapes
 
@@ -33,13 +45,26 @@ _NAMES = {
     "w_down": "mlp.down_proj",
     "norm": "model.norm",
     "head": "lm_head",
+    "router": "block_sparse_moe.gate",
+}
+_NAMES_OF_EXPERTS = {
+    "w_gate": "block_sparse_moe.experts.{}.w1",
+    "w_up": "block_sparse_moe.experts.{}.w3",
+    "w_down": "block_sparse_moe.experts.{}.w2",
 }
 
 
-def hugging_face_name(path: str) -> str:
-    """The tensor's name there: `layers.0.wq` -> `model.layers.0.self_attn.q_proj.weight`."""
+def hugging_face_names(path: str, config: Config) -> tuple[str, ...]:
+    """The names there of a parameter's tensors, one for each expert if it has these, else one.
+
+    >>> hugging_face_names("layers.0.wq", Config.demo())
+    ('model.layers.0.self_attn.q_proj.weight',)
+    """
     *layer, name = path.split(".")
-    return ".".join([*(["model"] if layer else []), *layer, _NAMES[name], "weight"])
+    start = ".".join([*(["model"] if layer else []), *layer, ""])
+    if config.num_experts and name in _NAMES_OF_EXPERTS:
+        return tuple(f"{start}{_NAMES_OF_EXPERTS[name].format(expert)}.weight" for expert in range(config.num_experts))
+    return (f"{start}{_NAMES[name]}.weight",)
 
 
 def load(
@@ -60,20 +85,24 @@ def load(
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework: got {framework!r}; it must be one of {', '.join(FRAMEWORKS)}")
     config = Config.from_pretrained(folder)
-    wanted = {hugging_face_name(path): path for path in tree_leaves(shapes(config))}
+    wanted = {name: path for path in tree_leaves(shapes(config)) for name in hugging_face_names(path, config)}
     files = _files_of_tensors(Path(folder))
     _check_names(wanted, files, config)
-    leaves: dict[str, Array] = {}
+    tensors: dict[str, Array] = {}
     for file in sorted(set(files.values())):
         names = [name for name in wanted if files[name] == file]
         for name, array in read_tensors(file, framework, names).items():
-            leaves[wanted[name]] = _import(wanted[name], array, framework, dtype, device)
+            tensors[name] = _import(wanted[name], array, framework, dtype, device)
 
     def place(path: str, shape: tuple[int, ...]) -> Array:
-        if tuple(leaves[path].shape) != shape:
-            there, got = hugging_face_name(path), list(leaves[path].shape)
-            raise ValueError(f"{there}: its shape makes {path} {got}; config.json makes it {list(shape)}")
-        return leaves[path]
+        names = hugging_face_names(path, config)
+        one = shape if len(names) == 1 else shape[1:]
+        for name in names:
+            if tuple(tensors[name].shape) != one:
+                got = list(tensors[name].shape)
+                raise ValueError(f"{name}: its shape makes {path} {got}; config.json makes it {list(one)}")
+        arrays = [tensors.pop(name) for name in names]
+        return arrays[0] if len(names) == 1 else namespace(arrays[0]).stack(arrays)
 
     return tree_map_with_path(place, shapes(config)), config
 
@@ -88,7 +117,11 @@ def save(params: Tree, config: Config, folder: str | Path) -> None:
         raise ValueError(
             f"params: {', '.join(odd)} should be in both the parameters and the config's model, or in neither"
         )
-    tensors = {hugging_face_name(path): array.T if _is_projection(path) else array for path, array in leaves.items()}
+    tensors: dict[str, Array] = {}
+    for path, array in leaves.items():
+        names = hugging_face_names(path, config)
+        arrays = [array] if len(names) == 1 else list(array)
+        tensors |= {name: x.T if _is_projection(path) else x for name, x in zip(names, arrays, strict=True)}
     write_tensors(folder / WEIGHTS, tensors)
     write_text(folder / "config.json", json.dumps(config.to_hugging_face(), indent=2) + "\n")
 

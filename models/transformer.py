@@ -1,24 +1,25 @@
-"""A transformer of the Llama family, one definition for NumPy, torch and JAX.
+"""A transformer of the Llama and Mixtral families, one definition for NumPy, torch and JAX.
 
 Pure functions over a tree of parameters; matrices are `[in, out]`, so a projection is `x @ w`:
 
     embedding       [vocab, hidden]
     layers[i]       attention_norm [hidden], wq [hidden, heads * dim], wk and wv [hidden, kv_heads * dim],
                     wo [heads * dim, hidden], mlp_norm [hidden], w_gate and w_up [hidden, inner], w_down [inner, hidden]
+                    (with experts also router [hidden, experts], and w_gate, w_up and w_down lead with `experts`)
     norm            [hidden]
     head            [hidden, vocab], absent where the embedding is tied
 
-Matrix products and attention are crosstile's, so `with crosstile.use(...)` runs the model through any of its kernels.
+All that costs is an op of crosstile's, so `with crosstile.use(...)` runs the model through any of its kernels.
 """
 
 from __future__ import annotations
 
-from math import pi
 from typing import Any
 
 import numpy as np
 
 import crosstile
+from crosstile.routing import load_balancing_loss, route
 
 from .arrays import (
     Array,
@@ -32,7 +33,6 @@ from .arrays import (
     logsumexp,
     namespace,
     take,
-    take_along_last,
     tree_map_with_path,
     write,
 )
@@ -43,6 +43,7 @@ def shapes(config: Config) -> Tree:
     """The shape of each parameter, in their tree."""
     hidden, inner = config.hidden_size, config.intermediate_size
     q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    experts = (config.num_experts,) if config.num_experts else ()
     layer = {
         "attention_norm": (hidden,),
         "wq": (hidden, q_width),
@@ -50,10 +51,12 @@ def shapes(config: Config) -> Tree:
         "wv": (hidden, kv_width),
         "wo": (q_width, hidden),
         "mlp_norm": (hidden,),
-        "w_gate": (hidden, inner),
-        "w_up": (hidden, inner),
-        "w_down": (inner, hidden),
+        "w_gate": (*experts, hidden, inner),
+        "w_up": (*experts, hidden, inner),
+        "w_down": (*experts, inner, hidden),
     }
+    if experts:
+        layer["router"] = (hidden, *experts)
     tree = {
         "embedding": (config.vocab_size, hidden),
         "layers": [dict(layer) for _ in range(config.num_layers)],
@@ -82,19 +85,36 @@ def init(config: Config, seed: int = 0, framework: str = "torch", dtype: str = "
 
 def forward(params: Tree, tokens: Array, config: Config) -> Array:
     """The logits of the token after each: tokens int `[batch, seq]` -> float32 `[batch, seq, vocab]`."""
-    x = take(params["embedding"], tokens)
-    angles = rotary_angles(arange(tokens.shape[1], x), config)
-    for layer in params["layers"]:
-        q, k, v = queries_keys_values(layer, x, angles, config)
-        x = attention_output(layer, x, crosstile.attention(q, k, v, causal=True))
-        x = mlp(layer, x, config)
+    x, _ = last_layer(params, tokens, config)
     return logits(params, x, config)
 
 
 def loss(params: Tree, tokens: Array, config: Config) -> Array:
-    """Mean cross-entropy in nats of tokens `[batch, seq + 1]`, each predicted from those before it."""
-    predicted, targets = forward(params, tokens[:, :-1], config), tokens[:, 1:]
-    return (logsumexp(predicted) - take_along_last(predicted, targets)).mean()
+    """Mean cross-entropy in nats of tokens `[batch, seq + 1]`, each predicted from those before it.
+
+    With experts, `config.router_loss` times what is least where every expert takes as many tokens is added.
+    """
+    x, routers = last_layer(params, tokens[:, :-1], config)
+    head = params["embedding"] if config.tie_embeddings else params["head"].T
+    targets = like(tokens[:, 1:], x)
+    result = crosstile.linear_cross_entropy(norm(x, params["norm"], config), head, targets)
+    if not (routers and config.router_loss):
+        return result
+    chosen = namespace(x).concatenate(routers)
+    _, experts = route(chosen, config.experts_per_token)
+    return result + config.router_loss * load_balancing_loss(chosen, experts)
+
+
+def last_layer(params: Tree, tokens: Array, config: Config) -> tuple[Array, list[Array]]:
+    """What the last layer writes, `[batch, seq, hidden]`, and the logits of each layer's router, if it has one."""
+    x, routers = take(params["embedding"], tokens), []
+    positions = arange(tokens.shape[1], x)
+    for layer in params["layers"]:
+        q, k, v = queries_keys_values(layer, x, positions, config)
+        x = attention_output(layer, x, crosstile.attention(q, k, v, causal=True))
+        x, router = mlp(layer, x, config)
+        routers += [] if router is None else [router]
+    return x, routers
 
 
 def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:
@@ -114,24 +134,25 @@ def extend(params: Tree, tokens: Array, config: Config, cache: Tree, position: A
     NumPy and torch write the cache in place.
     """
     x = take(params["embedding"], tokens)
-    angles = rotary_angles(arange(tokens.shape[1], x) + position, config)
+    positions = arange(tokens.shape[1], x) + position
     extended = []
     for layer, past in zip(params["layers"], cache, strict=True):
-        q, k, v = queries_keys_values(layer, x, angles, config)
+        q, k, v = queries_keys_values(layer, x, positions, config)
         past = {"k": write(past["k"], k, position), "v": write(past["v"], v, position)}
         x = attention_output(layer, x, attend_cached(q, past["k"], past["v"], position))
-        x = mlp(layer, x, config)
+        x, _ = mlp(layer, x, config)
         extended.append(past)
     return logits(params, x, config), extended
 
 
-def queries_keys_values(layer: Tree, x: Array, angles: Array, config: Config) -> tuple[Array, Array, Array]:
+def queries_keys_values(layer: Tree, x: Array, positions: Array, config: Config) -> tuple[Array, Array, Array]:
     """`[batch, seq, heads, head_dim]` each, the queries and keys turned by their positions."""
-    h = rms_norm(x, layer["attention_norm"], config.rms_norm_eps)
+    h = norm(x, layer["attention_norm"], config)
     q, k, v = (
         crosstile.matmul(h, layer[name]).reshape(*x.shape[:2], -1, config.head_dim) for name in ("wq", "wk", "wv")
     )
-    return rotary(q, angles), rotary(k, angles), v
+    q, k = crosstile.rotary((q, k), positions, base=config.rope_theta, scaling=config.rope_scaling)
+    return q, k, v
 
 
 def attention_output(layer: Tree, x: Array, heads: Array) -> Array:
@@ -139,50 +160,30 @@ def attention_output(layer: Tree, x: Array, heads: Array) -> Array:
     return crosstile.matmul(heads.reshape(*x.shape[:2], -1), layer["wo"], residual=x)
 
 
-def mlp(layer: Tree, x: Array, config: Config) -> Array:
-    """SwiGLU: `x + (silu(h @ w_gate) * (h @ w_up)) @ w_down`, with `h = norm(x)`."""
-    h = rms_norm(x, layer["mlp_norm"], config.rms_norm_eps)
-    gated = crosstile.matmul(h, layer["w_gate"], activation="silu") * crosstile.matmul(h, layer["w_up"])
-    return crosstile.matmul(gated, layer["w_down"], residual=x)
+def mlp(layer: Tree, x: Array, config: Config) -> tuple[Array, Array | None]:
+    """SwiGLU: `x + (silu(h @ w_gate) * (h @ w_up)) @ w_down`, with `h = norm(x)`, and None.
+
+    Where there are experts each token passes through those that its router chooses, and the router's logits
+    `[batch * seq, experts]` take the place of None.
+    """
+    h = norm(x, layer["mlp_norm"], config)
+    if not config.num_experts:
+        gated = crosstile.glu_matmul(h, layer["w_gate"], layer["w_up"])
+        return crosstile.matmul(gated, layer["w_down"], residual=x), None
+    weights = (layer[name] for name in ("router", "w_gate", "w_up", "w_down"))
+    mixed, router = crosstile.moe(h, *weights, top_k=config.experts_per_token, return_logits=True)
+    return x + mixed, router
 
 
 def logits(params: Tree, x: Array, config: Config) -> Array:
     """`norm(x) @ head` in float32."""
-    h = rms_norm(x, params["norm"], config.rms_norm_eps)
     head = params["embedding"].T if config.tie_embeddings else params["head"]
-    return crosstile.matmul(h, head, out_dtype="float32")
+    return crosstile.matmul(norm(x, params["norm"], config), head, out_dtype="float32")
 
 
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """`x / sqrt(mean(x^2) + eps) * weight`, the norm in float32."""
-    wide = cast(x, "float32")
-    scale = ((wide * wide).mean(axis=-1, keepdims=True) + eps) ** -0.5
-    return cast(wide * scale, dtype_name(x)) * weight
-
-
-def rotary(x: Array, angles: Array) -> Array:
-    """Turn x `[batch, seq, heads, head_dim]` by angles `[seq, head_dim / 2]`.
-
-    Pair i is the dimensions i and i + head_dim / 2.
-    """
-    xp = namespace(x)
-    cos, sin = xp.cos(angles)[:, None, :], xp.sin(angles)[:, None, :]
-    half = x.shape[-1] // 2
-    left, right = cast(x[..., :half], "float32"), cast(x[..., half:], "float32")
-    turned = xp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return cast(turned, dtype_name(x))
-
-
-def rotary_angles(positions: Array, config: Config) -> Array:
-    """`position / theta^(2i / head_dim)` for int positions `[seq]`: float32 `[seq, head_dim / 2]`."""
-    frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2) / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is not None:
-        turns = scaling.original_max_seq_len * frequencies / (2 * pi)
-        span = scaling.high_freq_factor - scaling.low_freq_factor
-        kept = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
-        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
-    return cast(positions, "float32")[:, None] * like(frequencies.astype(np.float32), positions)
+def norm(x: Array, weight: Array, config: Config) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * weight`."""
+    return crosstile.rms_norm(x, weight, eps=config.rms_norm_eps)
 
 
 CHUNK = 32  # keys that one partial result of `attend_chunks` covers

@@ -27,22 +27,29 @@ from ..tiles.pallas_tiles import (
     call_params,
     contract,
     elementwise_piece,
+    few_registers,
     fit_block,
     in_chunks,
     in_pieces,
     split_parts,
 )
 from ..tiles.reasons import pallas_reasons
-from ..tiles.targets import Target
+from ..tiles.targets import MIB, Target
 from .spec import MatmulSpec
-from .tiles import MatmulConfig
+from .tiles import MatmulConfig, of_rows
 
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 512, 512  # the tile of the kernel that only reads, scales and sums
+PRECISIONS = ("bf16x3", "bf16x6")
 
 
 def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Reasons why these kernels cannot run, with what would mend it; () if they can. Forward and backward are alike."""
-    return tuple(pallas_reasons(target, dtype=spec.dtype, out_dtype=spec.out_dtype))
+    reasons = pallas_reasons(target, dtype=spec.dtype, out_dtype=spec.out_dtype)
+    if spec.precision is not None and spec.precision not in PRECISIONS:
+        reasons.append(
+            f"precision: got {spec.precision}; a TPU multiplies float32 as {', '.join(PRECISIONS)} or None (bf16x6)"
+        )
+    return tuple(reasons)
 
 
 def forward(
@@ -57,7 +64,16 @@ def forward(
     """out, and the preactivation where the spec asks for it."""
     saved = spec.dtype if spec.save_preactivation else None
     return _product(
-        config, target, a, b, spec.out_dtype, saved, bias=bias, residual=residual, activation=spec.activation
+        config,
+        target,
+        a,
+        b,
+        spec.out_dtype,
+        saved,
+        precision=spec.precision,
+        bias=bias,
+        residual=residual,
+        activation=spec.activation,
     )
 
 
@@ -77,8 +93,8 @@ def backward(
     if spec.activation is not None or bias is not None:
         changed, sums = _dz(spec, target, dout, outputs[1] if spec.activation else None)
         dz = dz if changed is None else changed
-    da, _ = _product(config, target, dz, b, spec.dtype, transpose_b=True)
-    db, _ = _product(config, target, a, dz, spec.dtype, transpose_a=True)
+    da, _ = _product(config, target, dz, b, spec.dtype, precision=spec.precision, transpose_b=True)
+    db, _ = _product(config, target, a, dz, spec.dtype, precision=spec.precision, transpose_a=True)
     dbias = None if bias is None or sums is None else sums.astype(spec.dtype)
     return da, db, dbias, (None if residual is None else dresidual)
 
@@ -91,6 +107,7 @@ def _product(
     out_dtype: str,
     saved_dtype: str | None = None,
     *,
+    precision: str | None = None,
     transpose_a: bool = False,
     transpose_b: bool = False,
     bias: jax.Array | None = None,
@@ -111,27 +128,32 @@ def _product(
         a, b = (jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype) for x, axis in ((a, a_k), (b, b_k)))
         k = 1
 
+    config = of_rows(config, m)
     block_m = _block("block_m", config.block_m, m, target)
     block_n = _block("block_n", config.block_n, n, target)
     block_k = _block("block_k", config.block_k, k, target)
     steps = pl.cdiv(k, block_k)
-    a_spec = pl.BlockSpec((None, block_m, block_k), lambda b, i, j, s: (b, i, s))
-    b_spec = pl.BlockSpec((None, block_k, block_n), lambda b, i, j, s: (b, s, j))
+    whole = (block_m, block_n, block_k) == (m, n, k)
+    items = _items(batch, (m * k + k * n + m * n) * 4, target) if whole else 1
+    a_spec = pl.BlockSpec((items, block_m, block_k), lambda b, i, j, s: (b, i, s))
+    b_spec = pl.BlockSpec((items, block_k, block_n), lambda b, i, j, s: (b, s, j))
     if transpose_a:
-        a_spec = pl.BlockSpec((None, block_k, block_m), lambda b, i, j, s: (b, s, i))
+        a_spec = pl.BlockSpec((items, block_k, block_m), lambda b, i, j, s: (b, s, i))
     if transpose_b:
-        b_spec = pl.BlockSpec((None, block_n, block_k), lambda b, i, j, s: (b, j, s))
-    bias_spec = pl.BlockSpec((None, 1, block_n), lambda b, i, j, s: (b, 0, j))
-    tile = pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j))
+        b_spec = pl.BlockSpec((items, block_n, block_k), lambda b, i, j, s: (b, j, s))
+    bias_spec = pl.BlockSpec((items, 1, block_n), lambda b, i, j, s: (b, 0, j))
+    tile = pl.BlockSpec((items, block_m, block_n), lambda b, i, j, s: (b, i, j))
 
     scratch = {"sums_ref": pltpu.VMEM((block_m, block_n), jnp.float32)}
     if a.dtype == jnp.float32:
-        scratch["a_parts"] = pltpu.VMEM((3, block_m, block_k), jnp.bfloat16)
-        scratch["b_parts"] = pltpu.VMEM((3, block_n, block_k) if transpose_b else (3, block_k, block_n), jnp.bfloat16)
+        parts = 2 if precision == "bf16x3" else 3
+        scratch["a_parts"] = pltpu.VMEM((parts, block_m, block_k), jnp.bfloat16)
+        b_tile = (block_n, block_k) if transpose_b else (block_k, block_n)
+        scratch["b_parts"] = pltpu.VMEM((parts, *b_tile), jnp.bfloat16)
         scratch["low_ref"] = scratch["sums_ref"]
     elif transpose_a:
         scratch["a_parts"] = pltpu.VMEM((1, block_m, block_k), a.dtype)
-    kernel = partial(
+    one_item = partial(
         _product_kernel,
         activation=activation,
         transpose_a=transpose_a,
@@ -139,11 +161,11 @@ def _product(
         steps=steps,
         tail=k - (steps - 1) * block_k,
         columns=target.matrix_unit or LANES,
-        piece=elementwise_piece(target),
+        piece=_piece(out.shape, target),
     )
     results = pl.pallas_call(
-        kernel,
-        grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n), steps),
+        partial(_each_item, one_item),
+        grid=(pl.cdiv(batch, items), pl.cdiv(m, block_m), pl.cdiv(n, block_n), steps),
         in_specs=[a_spec, b_spec, None if bias is None else bias_spec, None if residual is None else tile],
         out_specs=[tile, None if saved is None else tile],
         out_shape=[out, saved],
@@ -154,7 +176,29 @@ def _product(
     return results[0], results[1]
 
 
+def _items(batch: int, item_bytes: int, target: Target) -> int:
+    """How many small matrices of a batch a step of the grid takes, so that it has more to do than a step costs."""
+    room = 2**16 if target.interpreted else MIB
+    return max(1, min(batch, room // item_bytes))
+
+
+def _each_item(kernel: Any, *refs: Any, **scratch: Any) -> None:
+    """Run the kernel on each item of the blocks, whose first axis is the batch; the scratch serves each in turn."""
+
+    step = pl.program_id(3)  # read here, for an interpreter does not know it in a loop
+
+    def run(item: Any) -> None:
+        kernel(step, *(None if ref is None else ref.at[item] for ref in refs), **scratch)
+
+    count = refs[0].shape[0]
+    if count == 1:
+        run(0)
+    else:
+        lax.fori_loop(0, count, lambda item, _: run(item), None)
+
+
 def _product_kernel(
+    step: Any,
     a_ref: Any,
     b_ref: Any,
     bias_ref: Any | None,
@@ -178,7 +222,6 @@ def _product_kernel(
 
     a is used as it lies, or first written to a_parts: turned round, and float32 as a sum of three bfloat16.
     """
-    step = pl.program_id(3)
     a_refs = [a_ref] if a_parts is None else split_parts(a_ref, a_parts, piece, transpose_a)
     b_refs = [b_ref] if b_parts is None else split_parts(b_ref, b_parts, piece)
 
@@ -199,7 +242,8 @@ def _product_kernel(
         def multiply_columns(cols: Any) -> None:
             add(sums_ref, 0, 0, cols, first=True)
             if low_ref is not None:
-                for index, (p, q) in enumerate(LOW_PRODUCTS):
+                lower = LOW_PRODUCTS if len(a_refs) == 3 else LOW_PRODUCTS[-2:]  # of three parts, or of two
+                for index, (p, q) in enumerate(lower):
                     add(low_ref, p, q, cols, first=index == 0)
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
@@ -244,7 +288,7 @@ def _dz(
     tile = pl.BlockSpec((None, block_m, block_n), lambda b, j, i: (b, i, j))
     optional = None if struct is None else tile
     sums, dz = pl.pallas_call(
-        partial(_dz_kernel, activation=spec.activation, m=m, piece=elementwise_piece(target)),
+        partial(_dz_kernel, activation=spec.activation, m=m, piece=_piece(dout.shape, target)),
         grid=(batch, pl.cdiv(n, block_n), pl.cdiv(m, block_m)),
         in_specs=[tile, optional],
         out_specs=[pl.BlockSpec((None, 1, block_n), lambda b, j, i: (b, 0, j)), optional],
@@ -284,6 +328,13 @@ def _dz_kernel(
         sums_ref[:, cols] += jnp.sum(dz, axis=0, keepdims=True)
 
     in_pieces(dout_ref.shape, piece, scale)
+
+
+def _piece(shape: tuple[int, ...], target: Target) -> tuple[int, int]:
+    """The piece of an elementwise loop; smaller where registers are few and the last ones are masked too."""
+    rows, columns = elementwise_piece(target)
+    masked = shape[1] % rows or shape[2] % LANES
+    return (rows // 2 if masked and few_registers(target) else rows), columns
 
 
 def _block(name: str, block: int, size: int, target: Target) -> int:

@@ -16,6 +16,7 @@ FACTS = ("dtype",)
 OPTIONAL = ("bias", "residual")
 WITHOUT_BATCH = ()  # every input leads with the batch
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
+PRECISIONS = ("tf32", "tf32x3", "bf16x3", "bf16x6")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class MatmulSpec:
         out_dtype: of the result; the sum is float32 whatever it is.
         activation: None or one of `ACTIVATIONS`, applied to `a @ b + bias` in float32.
         save_preactivation: also write `a @ b + bias` in `dtype`, which the backward of an activation reads.
+        precision: how the products of float32 are made: None, as float32, or one of `PRECISIONS`, from narrower parts.
     """
 
     dtype: str
     out_dtype: str
     activation: str | None = None
     save_preactivation: bool = False
+    precision: str | None = None
 
 
 SPEC = MatmulSpec

@@ -1,19 +1,39 @@
-"""The tile sizes of matmul: what `config=` takes, and the choice made without it."""
+"""The tile sizes of matmul: what `config=` takes, the choice made without it, and how a product is cut into tiles."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..tiles.targets import Target
 from .spec import MatmulSpec
+
+SKINNY = 64  # products of so few rows are limited by how fast b is read
+_MOST_RESIDENT = 8  # programs of a small tile that a processor runs at once
+_LEAST_STEPS = 4  # of a part of a sum: less would not fill the pipeline of loads
+_ADDING, _ADDING_SKINNY = 1536, 768  # what adding up the parts costs, as a length of k that takes as long
 
 
 @dataclass(frozen=True)
 class MatmulConfig:
     """An output tile of block_m by block_n, summed block_k at a time.
 
-    group_m rows of tiles are walked together so that they share b in the L2 cache. group_m, num_warps and num_stages
-    are for GPUs; TPU kernels do not read them.
+    Attributes:
+        block_m: rows of a tile. Kernels shrink a tile that is larger than its array.
+        block_n: columns of a tile.
+        block_k: how much of k is multiplied in one step.
+        group_m: rows of tiles that are walked together so that they share b in the L2 cache. This and all below but the
+            skinny tile are for GPUs.
+        num_warps: of a program.
+        num_stages: of the pipeline that loads tiles ahead.
+        skinny_n: block_n of a product of at most 64 rows; 0: as of others.
+        skinny_k: block_k of such a product; 0: as of others.
+        split_k: 1 never cuts a sum along k, more cuts every sum into so many parts, as far as k is long enough; 0: cuts
+            where tiles are so few, or so few are left for the last round, that it pays.
+        processors: how many programs the chip runs at a time; 0: not known, then split_k 0 is 1.
+        persistent: 1: no more programs than processors, each of which walks many tiles and loads the next while it
+            stores one.
+        descriptors: 1: tiles are loaded by the chip's copy engine (TMA) where the arrays' strides allow it.
+        specialize: 1: warps of their own load and multiply, beside those that store (sm_100).
     """
 
     block_m: int
@@ -22,34 +42,111 @@ class MatmulConfig:
     group_m: int = 8
     num_warps: int = 4
     num_stages: int = 2
+    skinny_n: int = 0
+    skinny_k: int = 0
+    split_k: int = 0
+    processors: int = 0
+    persistent: int = 0
+    descriptors: int = 0
+    specialize: int = 0
 
 
 CONFIG = MatmulConfig
+_C = MatmulConfig
 
 
 # Chosen so that the matrix units, not the memory, are the limit, and the tile's float32 sums stay on the chip: in
 # registers (no spills, every epilogue), in sm_100's tensor memory, or in a TPU's VMEM beside double-buffered blocks.
+# Skinny tiles keep as many bytes of b on their way as the memory needs to be busy; on a TPU a step brings so many of
+# them that what the step itself costs is small beside the copy.
 _NARROW = {
-    "sm_80": MatmulConfig(128, 256, 64, num_warps=8, num_stages=3),
-    "sm_90": MatmulConfig(128, 256, 64, num_warps=8, num_stages=4),
-    "sm_100": MatmulConfig(128, 256, 64, num_warps=8, num_stages=4),
-    "gfx942": MatmulConfig(256, 256, 64, num_warps=8),
-    "gfx950": MatmulConfig(256, 128, 64, num_warps=8),
-    "v4": MatmulConfig(512, 1024, 512),  # 16 MiB of VMEM
-    "v5e": MatmulConfig(1024, 1024, 512),
-    "v5p": MatmulConfig(1024, 1024, 512),
-    "v6e": MatmulConfig(2048, 1024, 512),  # 560 operations a byte of memory
-    "v7x": MatmulConfig(1024, 1024, 512),
+    "sm_80": _C(128, 256, 64, num_warps=8, num_stages=3, skinny_n=128, skinny_k=128),
+    "sm_90": _C(128, 256, 64, num_warps=8, num_stages=4, skinny_n=128, skinny_k=128, persistent=1, descriptors=1),
+    "sm_100": _C(
+        128, 256, 64, num_warps=8, num_stages=4, skinny_n=128, skinny_k=128, persistent=1, descriptors=1, specialize=1
+    ),
+    "gfx942": _C(256, 256, 64, num_warps=8, skinny_n=128, skinny_k=128),
+    "gfx950": _C(256, 128, 64, num_warps=8, skinny_n=128, skinny_k=128),
+    "v4": _C(512, 1024, 512, skinny_n=2048, skinny_k=512),  # 16 MiB of VMEM
+    "v5e": _C(1024, 1024, 512, skinny_n=1024, skinny_k=2048),
+    "v5p": _C(1024, 1024, 512, skinny_n=1024, skinny_k=2048),
+    "v6e": _C(2048, 1024, 512, skinny_n=4096, skinny_k=1024),  # 560 operations a byte of memory
+    "v7x": _C(1024, 1024, 512, skinny_n=4096, skinny_k=1024),
 }
-_FLOAT32_GPU = MatmulConfig(128, 128, 16, num_warps=8, num_stages=3)
-_FLOAT32_TPU = MatmulConfig(512, 512, 256)
-_INTERPRET = MatmulConfig(32, 32, 32)  # several tiles even in a small test
+_FLOAT32 = {
+    "sm_80": _C(128, 128, 16, num_warps=8, num_stages=3, skinny_n=64, skinny_k=32),
+    **dict.fromkeys(("sm_90", "sm_100"), _C(128, 128, 32, num_warps=8, num_stages=3, skinny_n=64, skinny_k=64)),
+    **dict.fromkeys(("gfx942", "gfx950"), _C(128, 128, 16, num_warps=8, num_stages=3, skinny_n=64, skinny_k=64)),
+    "v4": _C(512, 512, 256, skinny_n=512, skinny_k=512),
+    **dict.fromkeys(("v5e", "v5p", "v6e", "v7x"), _C(512, 512, 256, skinny_n=1024, skinny_k=1024)),
+}
+_INTERPRET = _C(32, 32, 32, processors=5, persistent=1, descriptors=1)  # several tiles even in a small test
 
 
 def choose_config(spec: MatmulSpec, target: Target) -> MatmulConfig:
-    """Tiles for arrays of any size on that chip; kernels shrink a tile that is larger than its array."""
+    """Tiles for arrays of any size on that chip."""
     if target.interpreted:
         return _INTERPRET
-    if spec.dtype == "float32":
-        return _FLOAT32_TPU if target.is_tpu else _FLOAT32_GPU
-    return _NARROW[target.name]
+    tiles = _FLOAT32 if spec.dtype == "float32" else _NARROW
+    return replace(tiles[target.name], processors=target.processors)
+
+
+def of_rows(config: MatmulConfig, m: int) -> MatmulConfig:
+    """The tiles of a product of m rows."""
+    if m > SKINNY or not (config.skinny_n or config.skinny_k):
+        return config
+    return replace(
+        config,
+        block_n=config.skinny_n or config.block_n,
+        block_k=config.skinny_k or config.block_k,
+        num_warps=min(config.num_warps, 4),
+        persistent=0,  # several small programs beside each other hide each other's stores
+        descriptors=0,
+        specialize=0,
+    )
+
+
+def shrunk(config: MatmulConfig, m: int, block_m: int, block_n: int, steps: int) -> MatmulConfig:
+    """The configuration for a tile that shrank to block_m by block_n, of sums of so many steps.
+
+    Of small tiles a processor holds several, if it is not given stages that it has no steps for.
+    """
+    times = config.block_m * config.block_n // (block_m * block_n)
+    resident = min(2 * times, _MOST_RESIDENT) if m > SKINNY and times > 1 else 1
+    return replace(
+        config,
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=min(config.num_warps, max(4, config.num_warps // times)),
+        num_stages=min(config.num_stages, max(2, steps)),
+        processors=config.processors * resident,
+        specialize=config.specialize if times == 1 else 0,
+    )
+
+
+def parts_of_sums(config: MatmulConfig, m: int, tiles: int, steps: int) -> tuple[int, int]:
+    """(whole, parts): the first tiles, whose sums are whole, and into how many parts the sum of each other is cut.
+
+    The processors take tiles in rounds. Those of the last round, which would leave processors idle, are cut along k so
+    that every processor has a part (as the hybrid schedules of Osama et al., arXiv:2301.03598, do), if the time that
+    it saves is more than it takes to add the parts.
+    """
+    if config.split_k:
+        parts = _even_parts(steps, config.split_k)
+        return (tiles, 1) if parts == 1 else (0, parts)
+    left = tiles % config.processors if config.processors else 0
+    if not left:
+        return tiles, 1
+    parts = _even_parts(steps, min(config.processors // left, steps // _LEAST_STEPS))
+    adding = (_ADDING_SKINNY if m <= SKINNY else _ADDING) // config.block_k
+    saved = steps - -(-steps // parts) - adding
+    rounds = tiles // config.processors + 1
+    if saved * 10 < rounds * steps:  # less than a tenth of all
+        return tiles, 1
+    return tiles - left, parts
+
+
+def _even_parts(steps: int, parts: int) -> int:
+    """No more than that, and none of them empty."""
+    parts = max(1, min(parts, steps))
+    return -(-steps // -(-steps // parts)) if steps else 1

@@ -40,11 +40,11 @@ def forward(
 ) -> Plan:
     """The launch that writes y and, where there is a residual, summed."""
     batch, rows, hidden = x.shape
-    block = block_of(spec, config, rows, {"x": x, "residual": residual})
     outputs = {"y": contiguous(x.shape, spec.dtype)}
     if residual is not None:
         outputs["summed"] = contiguous(x.shape, spec.dtype)
     read = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    block = block_of(spec, config, rows, read)
     names = tuple("" if array is None else name for name, array in read.items())
     launch = Launch(
         _forward,

@@ -49,7 +49,7 @@ def backward(
         written["dresidual"] = residual
     results = {name: contiguous(array.shape, spec.dtype) for name, array in written.items()}
 
-    block = block_of(spec, config, x.shape[1], {"x": source[1], "dy": dy, "dsummed": dsummed})
+    block = block_of(spec, config, x.shape[1], {"x": source[1], "weight": weight, "dy": dy, "dsummed": dsummed})
     scratch: dict[str, Array] = {}
     if spec.hidden <= block["BLOCK_COLS"]:
         launches = [_whole_launch(spec, config, block, source, read, results, scratch)]

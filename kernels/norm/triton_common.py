@@ -18,7 +18,7 @@ from .tiles import NormConfig
 
 
 def block_of(spec: NormSpec, config: NormConfig, rows: int, arrays: dict[str, Array | None]) -> dict[str, Any]:
-    """The constants of a kernel that walks these arrays [batch, rows, hidden]: its tile, no larger than they need."""
+    """The constants of a kernel that walks these arrays, [batch, rows, hidden] and [batch, hidden]: its tile."""
     sizes = {"block_rows": config.block_rows, "block_cols": config.block_cols}
     for name, size in sizes.items():
         if size < 1 or size & (size - 1):
@@ -27,7 +27,7 @@ def block_of(spec: NormSpec, config: NormConfig, rows: int, arrays: dict[str, Ar
     width = triton.next_power_of_2(max(1, spec.hidden))
     block_cols = min(config.block_cols, width)
     reached = [(block_rows, width, spec.hidden, 1)]
-    reached += [(block_rows, width, *array.strides[1:]) for array in arrays.values() if array is not None]
+    reached += [(block_rows, width, *(0, *array.strides[1:])[-2:]) for array in arrays.values() if array is not None]
     return {
         "HIDDEN": spec.hidden,
         "WIDE": needs_wide_offsets(reached),

@@ -15,11 +15,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Array:
-    """What a plan knows of an array: shape, dtype name ("float16") and strides in elements."""
+    """What a plan knows of an array: shape, dtype name ("float16"), strides in elements, if it begins at 16 bytes."""
 
     shape: tuple[int, ...]
     dtype: str
     strides: tuple[int, ...]
+    aligned: bool = True
 
     @property
     def reach(self) -> int:
@@ -47,6 +48,8 @@ class Launch:
             constant: what belongs to an array that is not there.
         constants: the constexpr parameters, by name.
         dot_dtype: the dtype its dots multiply, "" where it has none (a compile check expects matrix instructions).
+        without_memory: constants to take instead where the runner has no memory to give to a kernel while it runs, as
+            tensor descriptors need.
     """
 
     kernel: Any
@@ -58,6 +61,7 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
     dot_dtype: str = ""
+    without_memory: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = (*self.inputs, *self.outputs)

@@ -24,6 +24,7 @@ class Target:
         on_chip_bytes: shared memory that one program may use (GPU), or VMEM of one core (TPU).
         matrix_unit: the side of the matrix unit (TPU), 0 where it has no single size.
         chip: the product the figures are of.
+        processors: streaming multiprocessors or compute units (GPU), which run programs side by side; 0 on a TPU.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     on_chip_bytes: int = 0
     matrix_unit: int = 0
     chip: str = ""
+    processors: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -55,11 +57,11 @@ class Target:
 INTERPRET = Target("interpret", "cpu", chip="this CPU, interpreted")
 
 _CHIPS = (
-    Target("sm_80", "cuda", 312, 2039, 163 * KIB, chip="A100 80 GB"),
-    Target("sm_90", "cuda", 989, 3350, 227 * KIB, chip="H100 SXM"),
-    Target("sm_100", "cuda", 2250, 8000, 227 * KIB, chip="B200"),
-    Target("gfx942", "rocm", 1307, 5300, 64 * KIB, chip="MI300X"),
-    Target("gfx950", "rocm", 2500, 8000, 160 * KIB, chip="MI355X"),
+    Target("sm_80", "cuda", 312, 2039, 163 * KIB, chip="A100 80 GB", processors=108),
+    Target("sm_90", "cuda", 989, 3350, 227 * KIB, chip="H100 SXM", processors=132),
+    Target("sm_100", "cuda", 2250, 8000, 227 * KIB, chip="B200", processors=148),
+    Target("gfx942", "rocm", 1307, 5300, 64 * KIB, chip="MI300X", processors=304),
+    Target("gfx950", "rocm", 2500, 8000, 160 * KIB, chip="MI355X", processors=256),
     Target("v4", "tpu", 137.5, 615, 16 * MIB, 128, chip="TPU v4, one of two cores"),
     Target("v5e", "tpu", 197, 820, 128 * MIB, 128, chip="TPU v5e"),
     Target("v5p", "tpu", 229.5, 1382, 64 * MIB, 128, chip="TPU v5p, one of two cores"),

@@ -11,6 +11,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -30,6 +31,7 @@ _POINTEE = {
     "float64": tl.float64,
     "float8_e4m3fn": tl.float8e4nv,
     "int8": tl.int8,
+    "uint8": tl.uint8,
     "int32": tl.int32,
     "int64": tl.int64,
     "bool": tl.int1,
@@ -50,7 +52,7 @@ def run(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     """The plan's outputs. Arrays that a kernel fails to write whole show as NaN (floats) or garbage (integers)."""
     memory = dict(arrays)
     for name, array in {**plan.outputs, **plan.scratch}.items():
-        memory[name] = np.full(array.shape, np.nan if "float" in array.dtype else -1, array.dtype)
+        memory[name] = np.full(array.shape, np.asarray(np.nan if "float" in array.dtype else -1).astype(array.dtype))
     with _one_at_a_time, _interpreted(), np.errstate(all="ignore"):
         for launch in plan.launches:
             _run_launch(launch, memory)
@@ -109,14 +111,56 @@ def _cast(tile: Any, target: Any) -> Any:
     return interpreter.TensorHandle(bits.view(np.float32) if target == tl.float32 else bits, target)
 
 
+def _from_integers(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A builder's method for casts, in which integers reach bfloat16 by float32; Triton 3.9 takes them for its bits."""
+
+    def cast(builder: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            return _cast(method(builder, source, tl.float32), tl.bfloat16)
+        return method(builder, source, target)
+
+    return cast
+
+
 def _product(builder: Any, a: Any, b: Any, total: Any, precision: Any, imprecise: Any) -> Any:
     """A product of tiles. NumPy holds narrow floats as their bits, and Triton 3.9 multiplies those of bfloat16."""
     x, y = (
         each.data.view(_NUMPY[each.dtype.scalar]).astype(np.float32) if each.dtype.is_floating() else each.data
         for each in (a, b)
     )
-    result = np.matmul(x, y, dtype=total.data.dtype) + total.data
-    return interpreter.TensorHandle(result, total.dtype.scalar)
+    if a.dtype.scalar == tl.float32 and precision.name in _PARTS:
+        result = _product_of_parts(x, y, *_PARTS[precision.name])
+    else:
+        result = np.matmul(x, y, dtype=total.data.dtype)
+    return interpreter.TensorHandle(result + total.data, total.dtype.scalar)
+
+
+# Bits of each part's mantissa, and how many parts: the products whose parts' numbers sum to less than that are made.
+_PARTS = {"TF32": (10, 1), "TF32x3": (10, 2), "BF16x3": (7, 2), "BF16x6": (7, 3)}
+
+
+def _product_of_parts(x: np.ndarray, y: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The product of float32 matrices as matrix units of narrower floats make it, which take them as sums of parts."""
+    xs, ys = _split(x, bits, count), _split(y, bits, count)
+    lower = np.zeros((x.shape[0], y.shape[1]), np.float32)
+    for i in range(count):
+        for j in range(count - i):
+            if i or j:
+                lower += xs[i] @ ys[j]
+    return xs[0] @ ys[0] + np.where(np.isnan(lower), 0, lower)  # the lower parts of an infinity do not count
+
+
+def _split(x: np.ndarray, bits: int, count: int) -> list[np.ndarray]:
+    """The parts, the greatest first, each rounded to the nearest number of so many bits."""
+    parts = []
+    for _ in range(count):
+        dropped = 23 - bits
+        raw = x.view(np.uint32).astype(np.uint64)
+        rounded = (raw + (1 << (dropped - 1)) - 1 + (raw >> dropped & 1)) >> dropped << dropped
+        part = np.where(np.isfinite(x), rounded.astype(np.uint32).view(np.float32), x)
+        parts.append(part)
+        x = np.ascontiguousarray(x - part)
+    return parts
 
 
 def _language_user() -> None:
@@ -129,16 +173,22 @@ def _interpreted() -> Iterator[None]:
     scope = interpreter._patch_lang(anchor)
     compiled_call = JITFunction.__call__
     builder, convert = interpreter.InterpreterBuilder, interpreter._convert_float
-    methods = {name: getattr(builder, name) for name in ("create_dot", "binary_op", "unary_op")}
+    methods = {name: getattr(builder, name) for name in ("create_dot", "binary_op", "unary_op", "cast_impl")}
+    options = interpreter.interpreter_builder.options
     was_interpreting = triton.knobs.runtime.interpret
     try:
         triton.knobs.runtime.interpret = True
         JITFunction.__call__ = lambda self, *args, **kwargs: _as_python(self)(*args, **kwargs)
         interpreter._convert_float = _converted
         builder.create_dot = _product
+        builder.cast_impl = _from_integers(methods["cast_impl"])
+        interpreter.interpreter_builder.options = replace(
+            options, allowed_dot_input_precisions=(*options.allowed_dot_input_precisions, "bf16x3", "bf16x6")
+        )
         builder.binary_op, builder.unary_op = _widened(methods["binary_op"]), _widened(methods["unary_op"])
         yield
     finally:
+        interpreter.interpreter_builder.options = options
         interpreter._convert_float = convert
         for name, method in methods.items():
             setattr(builder, name, method)

@@ -48,7 +48,7 @@ def halves(tile):
 def transposed(array: Array) -> Array:
     """The view with its last two axes swapped."""
     (batch, rows, cols), (batch_stride, row, col) = array.shape, array.strides
-    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row))
+    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row), array.aligned)
 
 
 def shrink(name: str, block: int, size: int) -> int:
@@ -76,3 +76,27 @@ def strides(name: str, array: Array | None, *axes: str) -> dict[str, int]:
 def wide(*tiles: tuple[Array, int, int]) -> bool:
     """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
     return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)
+
+
+def has_runs(array: Array) -> bool:
+    """Whether 16 elements lie side by side wherever a tile begins, so that one address serves a wide load."""
+    along = [axis for axis in (1, 2) if array.strides[axis] == 1 and array.shape[axis] % 16 == 0]
+    return any(array.strides[3 - axis] % 16 == 0 for axis in along)
+
+
+def has_descriptor(array: Array, item_bytes: int) -> bool:
+    """Whether the copy engine can load tiles of it: one matrix, its rows or columns runs that begin at 16 bytes."""
+    batch, rows, cols = array.shape
+    if batch != 1 or not array.aligned or not rows * cols or max(rows, cols) >= 2**31:
+        return False
+    return any(_is_run(array, axis, item_bytes) for axis in (1, 2))
+
+
+def turned(array: Array, item_bytes: int) -> bool:
+    """Whether the runs of a matrix that has a descriptor are its columns."""
+    return not _is_run(array, 2, item_bytes)
+
+
+def _is_run(array: Array, axis: int, item_bytes: int) -> bool:
+    apart = array.strides[3 - axis] * item_bytes
+    return array.strides[axis] == 1 and apart % 16 == 0 and 0 < apart < 2**40

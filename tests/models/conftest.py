@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from crosstile.kernels.rotary.spec import Llama3Scaling
 from crosstile.models import Config
-from crosstile.models.config import RopeScaling
 from crosstile.models.data import Corpus
 
 
@@ -38,7 +38,7 @@ def stretched():
         head_dim=16,
         max_seq_len=256,
         tie_embeddings=True,
-        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64),
+        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64),
     )
 
 

@@ -2,15 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from crosstile.kernels.rotary.spec import LinearScaling, Llama3Scaling, YarnScaling
 from crosstile.models import Config, init, load, save
 from crosstile.models.arrays import FRAMEWORKS, dtype_name, framework_of, to_numpy, tree_leaves
-from crosstile.models.config import RopeScaling
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_config_of_a_real_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_2_1B))
     config = Config.from_pretrained(tmp_path)
     assert config.num_params == 1_235_814_400  # as the model's card says
-    assert config.rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert config.rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
     assert Config.from_hugging_face(config.to_hugging_face()) == config
     renamed = {key: value for key, value in LLAMA_3_2_1B.items() if key not in ("rope_theta", "rope_scaling")}
     renamed["rope_parameters"] = {**LLAMA_3_2_1B["rope_scaling"], "rope_theta": 500000.0}
@@ -159,9 +160,12 @@ def test_config_defaults_of_old_models():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type: got 'gpt2'; supported is llama"),
+        ({"model_type": "gpt2"}, r"model_type: got 'gpt2'; supported are llama, mixtral"),
         ({"model_type": None}, r"model_type: got None"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, r"rope_scaling: got the type 'yarn'; supported are"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2}}, r"scaling: its rope_type is 'longrope'; it must be"),
+        ({"sliding_window": 4096}, r"sliding_window: got 4096; supported is None"),
+        ({"model_type": "mixtral"}, r"config.json: the field 'num_local_experts' is missing"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, r"experts_per_token: got 5"),
         ({"hidden_act": "gelu"}, r"hidden_act: got 'gelu'; supported is 'silu'"),
         ({"attention_bias": True}, r"attention_bias: got True; supported is False"),
         ({"num_key_value_heads": 5}, r"num_heads: got 32; it must be a multiple of num_kv_heads 5"),
@@ -178,3 +182,14 @@ def test_config_names_a_missing_field():
     fields = {key: value for key, value in LLAMA_3_2_1B.items() if key != "vocab_size"}
     with pytest.raises(ValueError, match="'vocab_size' is missing"):
         Config.from_hugging_face(fields)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LinearScaling(4.0), Llama3Scaling(8.0, 1.0, 4.0, 64), YarnScaling(4.0, 32, beta_fast=16.0, truncate=False)],
+    ids=str,
+)
+def test_a_config_reads_back_what_it_writes(config, scaling):
+    for changed in (replace(config, rope_scaling=scaling), replace(config, num_experts=4, router_loss=0.5)):
+        fields = json.loads(json.dumps(changed.to_hugging_face()))
+        assert Config.from_hugging_face(fields) == changed

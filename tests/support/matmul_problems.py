@@ -28,10 +28,12 @@ class Problem:
     residual: bool = False
     dtype: str = "float32"
     out_dtype: str = ""
+    precision: str | None = None
 
     @property
     def spec(self) -> MatmulSpec:
-        return MatmulSpec(self.dtype, self.out_dtype or self.dtype, self.activation, self.activation is not None)
+        saves = self.activation is not None
+        return MatmulSpec(self.dtype, self.out_dtype or self.dtype, self.activation, saves, self.precision)
 
     @cached_property
     def exact_arrays(self) -> Arrays:

@@ -15,7 +15,7 @@ from matmul_problems import OPERANDS, Problem
 from oracles import assert_within
 
 from crosstile.kernels.matmul import pallas as kernels
-from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
+from crosstile.kernels.matmul.spec import ACTIVATIONS, PRECISIONS, MatmulSpec
 from crosstile.kernels.matmul.tiles import MatmulConfig, choose_config
 from crosstile.kernels.tiles.pallas_tiles import interpreter
 from crosstile.kernels.tiles.targets import INTERPRET, get_target
@@ -80,6 +80,42 @@ def test_more_rows_than_one_tile_of_the_elementwise_kernel():
     check(Problem(m=600, k=8, n=8, batch=1, activation="relu", bias=True), MatmulConfig(512, 512, 512))
 
 
+def test_small_items_of_a_batch_share_a_step():
+    """With fewer in the last step than in the others, and more than one tile an item where it is larger."""
+    problem = Problem(m=24, k=40, n=56, batch=5, activation="silu", bias=True, residual=True)
+    item_bytes = (24 * 40 + 40 * 56 + 24 * 56) * 4
+    assert 1 < kernels._items(5, item_bytes, INTERPRET) < 5
+    check(problem, MatmulConfig(64, 64, 64))
+    check(problem, MatmulConfig(64, 32, 64))
+
+
+def test_as_many_items_a_step_as_it_takes_to_be_worth_one():
+    v5e = get_target("v5e")
+    assert kernels._items(4096, 2**14, v5e) == 64
+    assert kernels._items(3, 2**14, v5e) == 3
+    assert kernels._items(4096, 2**30, v5e) == 1
+
+
+def test_three_parts_of_float32_are_as_exact_as_float32():
+    check(Problem(k=130, activation="gelu_tanh", precision="bf16x6"))
+
+
+def test_two_parts_of_float32_have_the_stated_error():
+    """Beside |a| @ |b|, with one term a sum, so that it is the products' own error."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 1, 64, 64)).astype(np.float32)
+    a[0, :, 1:] = 0
+    spec = MatmulSpec("float32", "float32", precision="bf16x3")
+    out, _ = kernels.forward(spec, MatmulConfig(32, 32, 32), INTERPRET, jnp.asarray(a), jnp.asarray(b), None, None)
+    exact = a.astype(np.float64) @ b
+    assert 2.0**-21 < np.max(np.abs(out - exact) / np.abs(exact)) <= 2.0**-14
+
+
+def test_few_rows_read_wide_blocks():
+    config = MatmulConfig(64, 16, 16, skinny_n=64, skinny_k=32)
+    check(Problem(m=3, k=70, n=100, batch=1, activation="relu", bias=True, residual=True), config)
+
+
 def test_float32_result_of_narrow_inputs():
     problem = Problem(dtype="bfloat16", out_dtype="float32", residual=True)
     ours = forward_and_backward(problem, native(problem))
@@ -137,4 +173,8 @@ def test_supports():
         assert all("bfloat16" in reason for reason in kernels.supports(float16, get_target(name), True))
     assert kernels.supports(float16, INTERPRET, True) == ()
     assert "triton" in kernels.supports(bfloat16, get_target("sm_90"), False)[0]
+    parts = {name: MatmulSpec("float32", "float32", precision=name) for name in PRECISIONS}
+    refused = {name: kernels.supports(spec, get_target("v5e"), True) for name, spec in parts.items()}
+    assert {name for name, reasons in refused.items() if reasons} == {"tf32", "tf32x3"}
+    assert "bf16x6" in refused["tf32"][0]
     assert "float64" in kernels.supports(MatmulSpec("float64", "float32"), INTERPRET, False)[0]

@@ -6,7 +6,8 @@ import itertools
 
 import numpy as np
 import pytest
-from matmul_problems import LAYOUTS, OPERANDS, Problem, lay_out
+from matmul_problems import LAYOUTS, Problem, lay_out
+from matmul_runs import forward, forward_and_backward, native
 from oracles import assert_within
 
 from crosstile.bench.facts import over_budget
@@ -14,41 +15,10 @@ from crosstile.bench.gpu import compile_plan
 from crosstile.kernels.matmul import triton as kernels
 from crosstile.kernels.matmul.spec import ACTIVATIONS, MatmulSpec
 from crosstile.kernels.matmul.tiles import MatmulConfig, choose_config
-from crosstile.kernels.tiles.launch import Array, contiguous
+from crosstile.kernels.tiles.launch import contiguous
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, get_target
-from crosstile.kernels.tiles.triton_interpreter import run
 
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu]
-
-
-def describe(array: np.ndarray | None) -> Array | None:
-    if array is None:
-        return None
-    return Array(array.shape, array.dtype.name, tuple(stride // array.itemsize for stride in array.strides))
-
-
-def forward(spec: MatmulSpec, arrays: dict, config: MatmulConfig) -> tuple[np.ndarray, ...]:
-    inputs = {name: arrays[name] for name in OPERANDS if name in arrays}
-    plan = kernels.forward(spec, config, *(describe(inputs.get(name)) for name in OPERANDS))
-    return run(plan, inputs)
-
-
-def forward_and_backward(problem: Problem, arrays: dict, config: MatmulConfig | None = None) -> dict:
-    """out and the gradients, by name."""
-    config = config or choose_config(problem.spec, INTERPRET)
-    out, *preactivation = forward(problem.spec, arrays, config)
-    saved = preactivation[0] if preactivation else None
-    inputs = tuple(describe(arrays.get(name)) for name in OPERANDS)
-    outputs, gradients = (describe(out), describe(saved)), (describe(arrays["dout"]), None)
-    plan = kernels.backward(problem.spec, config, inputs, outputs, gradients)
-    named = {**arrays, "preactivation": saved}
-    results = run(plan, {name: named[name] for name in plan.inputs})
-    return {"out": out, **dict(zip(plan.outputs, results, strict=True))}
-
-
-def native(problem: Problem) -> dict:
-    arrays = {name: array.astype(problem.dtype) for name, array in problem.exact_arrays.items()}
-    return {**arrays, "dout": arrays["dout"].astype(problem.spec.out_dtype)}
 
 
 def check(problem: Problem, config: MatmulConfig | None = None) -> None:
@@ -142,15 +112,17 @@ def test_nan_and_infinity_stay_where_they_are(activation):
     assert np.isfinite(out[0, [0, 2, 4]]).all()
 
 
+@pytest.mark.parametrize("descriptors", [0, 1], ids=["addresses", "descriptors"])
 @pytest.mark.parametrize(("rows", "stride"), [(3, 2**30), (66, 2**25)], ids=["wide tile", "far tile"])
-def test_offsets_past_32_bits(rows, stride):
+def test_offsets_past_32_bits(rows, stride, descriptors):
     """Storage of 4 GiB, of which a few pages are touched."""
     storage = np.empty((rows - 1) * stride + 64, np.float16)
     far = np.lib.stride_tricks.as_strided(storage, (1, rows, 40), (0, 2 * stride, 2))
     problem = Problem(m=rows, k=40, batch=1, dtype="float16")
     arrays = native(problem)
     far[...] = arrays["a"]
-    near, ours = (forward_and_backward(problem, {**arrays, "a": a}) for a in (arrays["a"], far))
+    config = MatmulConfig(32, 32, 32, descriptors=descriptors)
+    near, ours = (forward_and_backward(problem, {**arrays, "a": a}, config) for a in (arrays["a"], far))
     for name, result in near.items():
         np.testing.assert_array_equal(ours[name], result, err_msg=name)
 

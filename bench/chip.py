@@ -1,0 +1,303 @@
+"""`crosstile bench --device cuda`: named shapes on the chip of this machine, checked and timed beside their peers.
+
+An error is that of `crosstile verify`, a multiple of the allowed one, against the framework's ops in float32. A time is
+that of a CUDA graph of several calls, which leaves the host out; the median of five runs, with the fastest and the
+slowest. The inputs are random, and larger than the L2 cache where the real ones are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .shape import Shape
+from .verify import EPSILON
+
+_CALLS = 4  # in a graph
+_RUNS = 5
+_RUN_MILLISECONDS = 15.0
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+@dataclass
+class Row:
+    """One direction of a shape: the error, whether two runs are bit-equal, and times; or why there are none."""
+
+    shape: str
+    op: str
+    dtype: str
+    direction: str
+    error: float = 0.0
+    multiple: float = 0.0
+    repeats: bool = True
+    flops: float = 0.0
+    ours: Timing | None = None
+    peers: dict[str, Timing] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def passes(self) -> bool:
+        """Whether the results were right, and the same twice."""
+        return not self.problem and self.multiple <= 1 and self.repeats
+
+
+class NoChipError(RuntimeError):
+    """This machine has no GPU that torch can use."""
+
+
+@contextmanager
+def launcher(packed: Path | None) -> Iterator[None]:
+    """Inside, programs come from that folder; None compiles them. Raises NoChipError where there is no GPU."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise NoChipError("no torch: pip install 'crosstile[torch]'")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise NoChipError("torch finds no GPU on this machine; `crosstile compile` needs none")
+    if packed is None:
+        yield
+        return
+    from crosstile.torch import launching, target_of
+
+    from .packed import Packed
+
+    with launching(Packed(packed, target_of(torch.empty(0, device="cuda")))):
+        yield
+
+
+def bench(shapes: Sequence[Shape], dtype: str) -> Iterator[Row]:
+    """Check and time each shape, the forward and, where there is one, the backward."""
+    import torch
+
+    for shape in shapes:
+        try:
+            yield from _bench(shape, dtype, "cuda")
+        except (RuntimeError, ValueError) as problem:
+            yield Row(shape.name, shape.op, dtype, "forward", problem=str(problem).splitlines()[0][:200])
+        torch.cuda.empty_cache()
+
+
+def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
+    import torch
+
+    arrays = random_arrays(shape, dtype, device)
+    leaves = [name for name, (_, kind) in shape.arrays(dtype).items() if shape.trains and kind == dtype]
+    ours, again = (_results(shape, arrays, leaves, "triton") for _ in range(2))
+    theirs = _results(shape, arrays, leaves, "library")
+    wide = {name: array.float() if str(array.dtype) == f"torch.{dtype}" else array for name, array in arrays.items()}
+    exact = _results(shape, wide, leaves, "library")
+    del wide
+    directions = [("forward", [0]), ("backward", list(range(1, len(ours))))]
+    for direction, which in directions:
+        if not which:
+            continue
+        found = [_compare(ours[i], theirs[i], exact[i], dtype) for i in which]
+        row = Row(shape.name, shape.op, dtype, direction, max(e for e, _ in found), max(m for _, m in found))
+        row.repeats = all(torch.equal(ours[i], again[i]) for i in which)
+        row.flops = shape.flops * (1.0 if direction == "forward" else 2.5 if shape.op == "attention" else 2.0)
+        row.ours = _time(_calls(shape, arrays, leaves, "triton", direction))
+        for name, call in _peers(shape, arrays, leaves, direction).items():
+            try:
+                row.peers[name] = _time(call)
+            except RuntimeError:  # a backend that does not take the shape
+                continue
+        yield row
+
+
+def random_arrays(shape: Shape, dtype: str, device: str) -> dict[str, Any]:
+    """The call's arrays: integers as the shape has them, floats normal, small integers all there are."""
+    import torch
+
+    held = shape.integers()
+    torch.manual_seed(0)
+
+    def make(name: str, size: tuple[int, ...], kind: str) -> Any:
+        if name in held:
+            return torch.as_tensor(held[name].copy()).to(getattr(torch, kind)).to(device)
+        if kind in ("int8", "uint8"):
+            lowest, end = (-127, 128) if kind == "int8" else (0, 256)
+            return torch.randint(lowest, end, size, dtype=getattr(torch, kind), device=device)
+        return (shape.deviation(name) * torch.randn(size, device=device)).to(getattr(torch, kind))
+
+    return {name: make(name, size, kind) for name, (size, kind) in shape.arrays(dtype).items()}
+
+
+def _call(shape: Shape, arrays: dict[str, Any], implementation: str) -> Any:
+    import crosstile
+
+    return getattr(crosstile, shape.function)(**shape.call(arrays), implementation=implementation)
+
+
+def _outputs(out: Any) -> tuple[Any, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _results(shape: Shape, arrays: dict[str, Any], leaves: list[str], implementation: str) -> list[Any]:
+    """The first output, and the gradients."""
+    import torch
+
+    variables = [arrays[name].detach().requires_grad_() for name in leaves]
+    outs = _outputs(_call(shape, {**arrays, **dict(zip(leaves, variables, strict=True))}, implementation))
+    if not leaves:
+        return [outs[0]]
+    torch.manual_seed(1)
+    gradients = [torch.randn_like(out, dtype=torch.float32).to(arrays[leaves[0]].dtype).to(out.dtype) for out in outs]
+    return [outs[0].detach(), *torch.autograd.grad(outs, variables, gradients)]
+
+
+def _calls(
+    shape: Shape, arrays: dict[str, Any], leaves: list[str], implementation: str, direction: str
+) -> Callable[[], Any]:
+    import torch
+
+    if direction == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return _call(shape, arrays, implementation)
+
+        return forward
+    variables = [arrays[name].detach().requires_grad_() for name in leaves]
+    outs = _outputs(_call(shape, {**arrays, **dict(zip(leaves, variables, strict=True))}, implementation))
+    gradients = [torch.randn_like(out) for out in outs]
+    return lambda: torch.autograd.grad(outs, variables, gradients, retain_graph=True)
+
+
+def _peers(shape: Shape, arrays: dict[str, Any], leaves: list[str], direction: str) -> dict[str, Callable[[], Any]]:
+    """What a user would call instead."""
+    peers = {"torch's ops": _calls(shape, arrays, leaves, "library", direction)}
+    if shape.op == "linear_cross_entropy":
+        peers["logits"] = _logits(shape, arrays, leaves, direction)
+    return peers
+
+
+def _logits(shape: Shape, arrays: dict[str, Any], leaves: list[str], direction: str) -> Callable[[], Any]:
+    """The loss of logits that are kept in memory."""
+    import torch
+    import torch.nn.functional as F
+
+    cap = shape.call(arrays)["softcap"]
+
+    def loss(hidden: Any, weight: Any) -> Any:
+        logits = F.linear(hidden, weight).float()
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        return F.cross_entropy(logits, arrays["targets"].long())
+
+    if direction == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return loss(arrays["hidden"], arrays["weight"])
+
+        return forward
+    variables = [arrays[name].detach().requires_grad_() for name in leaves]
+    out = loss(*variables)
+    return lambda: torch.autograd.grad(out, variables, retain_graph=True)
+
+
+def _compare(ours: Any, theirs: Any, exact: Any, dtype: str) -> tuple[float, float]:
+    """(max-relative error, multiple of the allowed), as `verify.compare` but on the device."""
+    our_max, our_rms = _errors(ours, exact)
+    own_max, own_rms = _errors(theirs, exact)
+    floor = 0.5 * EPSILON[dtype] + 4 * EPSILON["float32"]
+    return our_max, max(our_max / (2 * own_max + floor), our_rms / (2 * own_rms + floor))
+
+
+def _errors(array: Any, exact: Any) -> tuple[float, float]:
+    import torch
+
+    array, exact = array.double(), exact.double()
+    difference = torch.nan_to_num((array - exact).abs(), nan=float("inf"))
+    largest, square = exact.abs().max().clamp_min(1e-30), exact.square().mean().clamp_min(1e-60)
+    return (difference.max() / largest).item(), (difference.square().mean() / square).sqrt().item()
+
+
+def _time(function: Callable[[], Any]) -> Timing:
+    import torch
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_CALLS):
+            function()
+    graph.replay()
+    once = _milliseconds(graph.replay, 1)
+    repeats = max(2, min(100, int(_RUN_MILLISECONDS / max(once, 1e-3))))
+    times = [_milliseconds(graph.replay, repeats) / _CALLS * 1e3 for _ in range(_RUNS)]
+    return Timing(median(times), min(times), max(times))
+
+
+def _milliseconds(function: Callable[[], Any], repeats: int) -> float:
+    import torch
+
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / repeats
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """The table, and the verdict."""
+    import torch
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("op", "shape", "dtype", "direction"):
+        table.add_column(heading)
+    for heading in ("× allowed", "crosstile µs", "TFLOP/s", "peers µs", "best peer / crosstile"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        if row.ours is None:
+            table.add_row(row.op, row.shape, row.dtype, row.direction, "", f"[red]{row.problem}[/]")
+            continue
+        colour = "green" if row.passes else "red"
+        peers = ", ".join(f"{name} {timing.median:.1f}" for name, timing in row.peers.items())
+        best = min((timing.median for timing in row.peers.values()), default=0.0)
+        table.add_row(
+            row.op,
+            row.shape,
+            row.dtype,
+            row.direction,
+            f"[{colour}]{row.multiple:.2f}[/]" + ("" if row.repeats else " differs"),
+            f"{row.ours.median:.1f} ({row.ours.fastest:.1f} … {row.ours.slowest:.1f})",
+            f"{row.flops / row.ours.median / 1e6:.0f}" if row.flops else "",
+            peers,
+            f"{best / row.ours.median:.2f}",
+        )
+    console.print(table)
+    failed = sum(not row.passes for row in rows)
+    verdict = f"[red]{failed} of {len(rows)} fail[/]" if failed else "[green]all within the allowed error[/]"
+    console.print(f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}: {verdict}", highlight=False)
+
+
+def write_json(rows: Sequence[Row], file: Path) -> None:
+    """The rows as a JSON document."""
+    import torch
+
+    document = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": [asdict(r) for r in rows]}
+    file.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,0 +1,101 @@
+"""grouped_matmul and its gate for TPUs.
+
+Blocks of rows are visited once for each group that has rows in them (`pallas_schedule.py`). `rows` is every product
+whose result has these rows: the forward, with one matrix or two and the gate in its last step, and dlhs, with the
+matrices contracted along their other axis, which for a gate sums two products. `drhs` sums over the rows of each
+group. dz, the gradients of both products of a gate, come from one elementwise kernel.
+
+A visit multiplies all rows of its block, and only those of its group are stored; the visits of a block follow each
+other, and its part of the result stays in VMEM between them. In drhs rows of other groups are set to 0, on both sides:
+a NaN there, or past the last row, would else reach the sums. Along k the last step reads no further than k.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from ..tiles.pallas_activations import activate, derivative
+from ..tiles.pallas_tiles import call_params, elementwise_piece, in_pieces
+from ..tiles.reasons import pallas_reasons
+from ..tiles.targets import Target
+from .pallas_drhs import drhs
+from .pallas_rows import rows
+from .spec import GroupedMatmulSpec
+from .tiles import GroupedMatmulConfig
+
+ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 256, 512  # the tile of the kernel that only reads, bends and scales
+
+
+def supports(spec: GroupedMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
+    """Reasons why these kernels cannot run, with what would mend it; () if they can. Forward and backward are alike."""
+    return tuple(pallas_reasons(target, dtype=spec.dtype))
+
+
+def forward(
+    spec: GroupedMatmulSpec,
+    config: GroupedMatmulConfig,
+    target: Target,
+    lhs: jax.Array,
+    rhs: jax.Array,
+    rhs_up: jax.Array | None,
+    sizes: jax.Array,
+) -> tuple[jax.Array, jax.Array | None]:
+    """out, and the preactivations where the spec asks for them."""
+    rights = [rhs] if rhs_up is None else [rhs, rhs_up]
+    return rows(config.forward, target, [lhs], rights, sizes, spec.activation, spec.save_preactivations)
+
+
+def backward(
+    spec: GroupedMatmulSpec,
+    config: GroupedMatmulConfig,
+    target: Target,
+    inputs: tuple[jax.Array, jax.Array, jax.Array | None, jax.Array],
+    outputs: tuple[jax.Array, jax.Array | None],
+    gradients: tuple[jax.Array, None],
+) -> tuple[jax.Array, jax.Array, jax.Array | None, None]:
+    """dlhs, drhs, and drhs_up where rhs_up is there."""
+    lhs, rhs, rhs_up, sizes = inputs
+    grads, rights = [gradients[0]], [rhs]
+    if spec.activation is not None and rhs_up is not None and outputs[1] is not None:
+        grads, rights = _dz(spec.activation, target, gradients[0], outputs[1]), [rhs, rhs_up]
+    dlhs, _ = rows(config.dlhs, target, grads, rights, sizes, turned=True)
+    of_rights = drhs(config.drhs, target, lhs, grads, sizes)
+    return dlhs, of_rights[0], (of_rights[1] if len(of_rights) > 1 else None), None
+
+
+def _dz(activation: str, target: Target, dout: jax.Array, preactivations: jax.Array) -> list[jax.Array]:
+    """The gradients of both products, [batch, tokens, n] each. What the rows of nobody come to is not read."""
+    batch, m, n = dout.shape
+    if not dout.size:
+        return [dout, dout]
+    block_m, block_n = min(ELEMENTWISE_ROWS, m), min(ELEMENTWISE_COLS, n)
+    tile = pl.BlockSpec((None, block_m, block_n), lambda b, i, j: (b, i, j))
+    results: list[jax.Array] = pl.pallas_call(
+        partial(_dz_kernel, activation=activation, piece=elementwise_piece(target)),
+        grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n)),
+        in_specs=[tile, pl.BlockSpec((None, 2, block_m, block_n), lambda b, i, j: (b, 0, i, j))],
+        out_specs=[tile, tile],
+        out_shape=[jax.ShapeDtypeStruct(dout.shape, preactivations.dtype)] * 2,
+        name="grouped_matmul_dz",
+        **call_params(target, ("parallel", "parallel", "parallel")),
+    )(dout, preactivations)
+    return results
+
+
+def _dz_kernel(
+    dout_ref: Any, preactivations_ref: Any, dz_gate_ref: Any, dz_up_ref: Any, *, activation: str, piece: tuple[int, int]
+) -> None:
+    """One tile [m, n] of dz_gate and of dz_up."""
+
+    def bend(rows: Any, cols: Any) -> None:
+        dout = dout_ref[rows, cols].astype(jnp.float32)
+        gate, up = (preactivations_ref[half, rows, cols].astype(jnp.float32) for half in (0, 1))
+        dz_gate_ref[rows, cols] = (dout * up * derivative(activation, gate)).astype(dz_gate_ref.dtype)
+        dz_up_ref[rows, cols] = (dout * activate(activation, gate)).astype(dz_up_ref.dtype)
+
+    in_pieces(dout_ref.shape, piece, bend)

@@ -1,0 +1,93 @@
+"""What the TPU kernels of grouped_matmul share: adding a product to its sums, and the memory for both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, contract, fit_block, in_chunks
+from ..tiles.targets import Target
+
+DEEP = 512  # how much of k one product takes
+
+
+def add_product(
+    totals: tuple[Any, Any | None],
+    lefts: list[Any],
+    rights: list[Any],
+    right_axis: int,
+    begins: Any,
+    columns: int,
+    length: int,
+) -> None:
+    """Add a product over the first `length` of k to the sums, or begin them; float32 operands come in parts.
+
+    The products of the lower parts have sums of their own: those of an infinity are NaN, and do not count.
+    """
+    sums_ref, low_ref = totals
+
+    def add(total_ref: Any, pair: tuple[int, int], cols: Any, inner: Any, begins: Any) -> None:
+        right = rights[pair[1]][cols, inner] if right_axis else rights[pair[1]][inner, cols]
+        product = contract(lefts[pair[0]][:, inner], right, (1, right_axis))
+        total_ref[:, cols] = product + jnp.where(begins & (inner.start == 0), 0, total_ref[:, cols])
+
+    # As many columns at a time as the matrix unit holds, and a loop for each pair of parts: a whole tile's products,
+    # or those of all pairs, would not fit the registers.
+    def add_all(total_ref: Any, pair: tuple[int, int], begins: Any) -> None:
+        step = columns if low_ref is None else _even(sums_ref.shape[1], columns)
+        deep = _even(length, DEEP)
+        in_chunks(
+            sums_ref.shape[1], step,
+            lambda cols: in_chunks(length, deep, lambda inner: add(total_ref, pair, cols, inner, begins)),
+        )  # fmt: skip
+
+    add_all(sums_ref, (0, 0), begins)
+    for index, pair in enumerate(LOW_PRODUCTS if low_ref is not None else ()):
+        add_all(low_ref, pair, begins & (index == 0))
+
+
+def _even(size: int, most: int) -> int:
+    """The largest step of whole registers that divides the size, so that all are of one loop; else the most."""
+    return next((step for step in range(most, LANES - 1, -LANES) if size % step == 0), most)
+
+
+def total(sums: list[Any], lows: list[Any] | None, place: int, rows: Any, cols: Any) -> jax.Array:
+    """A piece of a finished product."""
+    found: jax.Array = sums[place][rows, cols]
+    if lows is None:
+        return found
+    low = lows[place][rows, cols]
+    return found + jnp.where(jnp.isnan(low), 0, low)
+
+
+def set_zero(ref: Any, rows: Any, cols: Any) -> None:
+    """Write zeros to a piece."""
+    ref[rows, cols] = jnp.zeros_like(ref[rows, cols])
+
+
+def fit(name: str, block: int, size: int, target: Target) -> int:
+    """The whole of a dimension if the block holds it, else blocks of even size."""
+    return size if size <= block else fit_block(name, block, size, target)
+
+
+def scratch(
+    dtype: Any,
+    tile: tuple[int, int],
+    left: tuple[int, int],
+    right: tuple[int, int],
+    products: int,
+    always: bool = False,
+) -> list[Any]:
+    """Memory for the sums of the products, for those of the lower parts, and for the parts of left and right.
+
+    float32 operands have three parts, of bfloat16. Others have none, or always one, as they are.
+    """
+    sums = [pltpu.VMEM(tile, jnp.float32) for _ in range(products)]
+    if dtype == jnp.float32:
+        return [sums, sums, pltpu.VMEM((3, *left), jnp.bfloat16), pltpu.VMEM((3, *right), jnp.bfloat16)]
+    if always:
+        return [sums, None, pltpu.VMEM((1, *left), dtype), pltpu.VMEM((1, *right), dtype)]
+    return [sums, None, None, None]

@@ -1,0 +1,96 @@
+"""The product of each group's rows with its matrix, and the gate, in NumPy, forward and backward: the definition.
+
+float64 inputs are computed in float64, all others in float32. The gate is a GLU variant (Shazeer, arXiv:2002.05202),
+GELU that of Hendrycks & Gimpel (arXiv:1606.08415), exact (`gelu`) and by tanh (`gelu_tanh`), and SiLU `x * sigmoid(x)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import erf, pi, sqrt
+
+import numpy as np
+
+from .spec import GroupedMatmulSpec
+
+Inputs = tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray]
+_erf = np.vectorize(erf, otypes=[np.float64])
+
+
+def bend(activation: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The activation of x and its derivative there, elementwise; relu's derivative is 0 at 0."""
+    if activation == "relu":
+        return np.maximum(x, 0), (x > 0).astype(x.dtype)
+    if activation == "gelu":
+        share = (0.5 * (1 + _erf(x / sqrt(2)))).astype(x.dtype)
+        slope_of_share = np.exp(-0.5 * x * x) / sqrt(2 * pi)
+    elif activation == "gelu_tanh":
+        tanh = np.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))
+        share = 0.5 * (1 + tanh)
+        slope_of_share = 0.5 * (1 - tanh * tanh) * sqrt(2 / pi) * (1 + 3 * 0.044715 * x * x)
+    else:
+        share = 0.5 * (1 + np.tanh(0.5 * x))  # the sigmoid
+        slope_of_share = share * (1 - share)
+    return x * share, share + x * slope_of_share
+
+
+def rows_of_groups(group_sizes: np.ndarray, tokens: int) -> Iterator[tuple[int, int, slice]]:
+    """(batch, group, its rows); sizes below 0 count as 0, and rows that lhs does not have are nobody's."""
+    for item, sizes in enumerate(group_sizes):
+        end = 0
+        for group, size in enumerate(sizes):
+            first, end = end, min(end + max(int(size), 0), tokens)
+            yield item, group, slice(first, end)
+
+
+def forward(
+    spec: GroupedMatmulSpec, lhs: np.ndarray, rhs: np.ndarray, rhs_up: np.ndarray | None, group_sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """out, and the preactivations where the spec asks for them."""
+    (batch, tokens, _), n = lhs.shape, rhs.shape[3]
+    products = np.zeros((batch, 2, tokens, n), _wide(lhs))
+    for item, group, rows in rows_of_groups(group_sizes, tokens):
+        for half, weight in enumerate((rhs, rhs_up)):
+            if weight is not None:
+                products[item, half, rows] = _product(lhs[item, rows], weight[item, group])
+    out = products[:, 0]
+    if spec.activation is not None:
+        out = bend(spec.activation, out)[0] * products[:, 1]
+    return out.astype(lhs.dtype), (products.astype(lhs.dtype) if spec.save_preactivations else None)
+
+
+def backward(
+    spec: GroupedMatmulSpec,
+    inputs: Inputs,
+    outputs: tuple[np.ndarray, np.ndarray | None],
+    gradients: tuple[np.ndarray, None],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, None]:
+    """dlhs, drhs, and drhs_up where rhs_up is there."""
+    lhs, rhs, rhs_up, group_sizes = inputs
+    dlhs, drhs = np.zeros(lhs.shape, _wide(lhs)), np.zeros(rhs.shape, _wide(lhs))
+    drhs_up = None if rhs_up is None else np.zeros_like(drhs)
+    for item, group, rows in rows_of_groups(group_sizes, lhs.shape[1]):
+        dout = gradients[0][item, rows].astype(_wide(lhs))
+        dz_up = dout
+        if spec.activation is not None:
+            assert outputs[1] is not None, "a backward reads the saved preactivations"
+            gate, up = outputs[1][item, :, rows].astype(_wide(lhs))
+            bent, slope = bend(spec.activation, gate)
+            dout, dz_up = dout * up * slope, dout * bent
+        dlhs[item, rows] = _product(dout, rhs[item, group].T)
+        drhs[item, group] = _product(lhs[item, rows].T, dout)
+        if rhs_up is not None and drhs_up is not None:
+            dlhs[item, rows] += _product(dz_up, rhs_up[item, group].T)
+            drhs_up[item, group] = _product(lhs[item, rows].T, dz_up)
+    narrow = lhs.dtype
+    return dlhs.astype(narrow), drhs.astype(narrow), (None if drhs_up is None else drhs_up.astype(narrow)), None
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b, computed in float64 for float64 and in float32 for all others."""
+    product: np.ndarray = a.astype(_wide(a)) @ b.astype(_wide(b))
+    return product
+
+
+def _wide(array: np.ndarray) -> type:
+    return np.float64 if array.dtype == np.float64 else np.float32

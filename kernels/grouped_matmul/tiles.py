@@ -1,0 +1,91 @@
+"""The tile sizes of grouped_matmul: what `config=` takes, and the choice made without it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..tiles.targets import Target
+from .spec import GroupedMatmulSpec
+
+
+@dataclass(frozen=True)
+class GroupedMatmulTiles:
+    """An output tile of block_m by block_n, summed block_k at a time.
+
+    group_m rows of tiles are walked together so that they share the right operand in the L2 cache. group_m, num_warps
+    and num_stages are for GPUs; TPU kernels do not read them.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    group_m: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class GroupedMatmulConfig:
+    """Tiles of each kernel's products, m, n and k as that product has them.
+
+    The rows of a group are m in forward and dlhs, and k in drhs. With a gate forward and drhs sum two products of the
+    same left operand, in two tiles of float32 sums; dlhs sums two products in one.
+    """
+
+    forward: GroupedMatmulTiles
+    dlhs: GroupedMatmulTiles
+    drhs: GroupedMatmulTiles
+
+
+CONFIG = GroupedMatmulConfig
+_T = GroupedMatmulTiles
+
+
+def _config(
+    one: GroupedMatmulTiles,
+    two: GroupedMatmulTiles,
+    drhs_one: GroupedMatmulTiles | None = None,
+    drhs_two: GroupedMatmulTiles | None = None,
+) -> dict[bool, GroupedMatmulConfig]:
+    """For the product alone (False) and with the gate (True), of the tiles of one sum and of two."""
+    alone, gated = drhs_one or one, drhs_two or two
+    return {False: GroupedMatmulConfig(one, one, alone), True: GroupedMatmulConfig(two, one, gated)}
+
+
+# Two tiles of sums take the place of one: they are half as wide, and what is read for them is as much. A group's last
+# tile is partly empty, so that tiles are not as high as a matmul's. A TPU keeps a block of a matrix in VMEM while the
+# visits of its group follow each other if there is one step along k: hence the long steps.
+_NARROW = {
+    "sm_80": _config(_T(128, 128, 64), _T(128, 64, 64)),
+    "sm_90": _config(_T(128, 256, 64, num_stages=4), _T(128, 128, 64, num_stages=4)),
+    "sm_100": _config(_T(128, 256, 64, num_stages=4), _T(128, 128, 64, num_stages=4)),
+    "gfx942": _config(_T(128, 256, 64, num_stages=2), _T(128, 128, 64, num_stages=2)),
+    "gfx950": _config(_T(128, 256, 64, num_stages=2), _T(128, 128, 64, num_stages=2)),
+    "v4": _config(_T(512, 1024, 512), _T(512, 512, 512), _T(1024, 512, 512), _T(512, 512, 512)),  # 16 MiB of VMEM
+    **dict.fromkeys(
+        ("v5e", "v5p", "v6e", "v7x"),
+        _config(_T(512, 1024, 4096), _T(512, 512, 4096), _T(1024, 1024, 512), _T(1024, 1024, 512)),
+    ),
+}
+_FLOAT32 = {
+    "cuda": _config(_T(128, 128, 16), _T(128, 64, 16)),
+    "rocm": _config(_T(128, 128, 16, num_stages=2), _T(128, 64, 16)),
+    "tpu": _config(_T(512, 512, 256), _T(512, 512, 256)),
+}
+_FLOAT32_V4 = _config(_T(512, 512, 256), _T(512, 256, 256))
+_INTERPRET = _config(*[_T(16, 32, 32, num_warps=4)] * 2)  # several tiles even in a small test
+
+
+def choose_config(spec: GroupedMatmulSpec, target: Target) -> GroupedMatmulConfig:
+    """Tiles for arrays of any size on that chip.
+
+    Kernels shrink a tile that is larger than its array, and on GPUs one that is higher than a group is on average, or
+    whose arrays' rows are not runs of 16.
+    """
+    if target.interpreted:
+        tiles = _INTERPRET
+    elif spec.dtype == "float32":
+        tiles = _FLOAT32_V4 if target.name == "v4" else _FLOAT32[target.platform]
+    else:
+        tiles = _NARROW[target.name]
+    return tiles[spec.activation is not None]

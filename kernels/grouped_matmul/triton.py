@@ -1,0 +1,132 @@
+"""grouped_matmul and its gate for GPUs: the plans of their launches.
+
+A product is one kernel over a list of tiles that another makes from the sizes of the groups, on the device. With the
+matrices turned round by their strides it is dlhs too. drhs sums over the rows of each group. Of a gate dz, the
+gradients of both products, come first, from one elementwise kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..tiles.launch import Array, Launch, Plan, contiguous
+from ..tiles.reasons import triton_reasons
+from ..tiles.targets import Target
+from ..tiles.triton_activations import activate, derivative
+from ..tiles.triton_products import element, indices, shrink, strides
+from ..tiles.triton_tiles import advance
+from .spec import GroupedMatmulSpec
+from .tiles import GroupedMatmulConfig
+from .triton_drhs import drhs_launches
+from .triton_rows import fit_rows, gated_launch, rows_launch, turned, wide
+from .triton_schedule import schedule_launch
+
+ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 32, 128  # the tile of the kernel that only reads, bends and scales
+
+
+def supports(spec: GroupedMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
+    """Why these kernels cannot run it, () where they can. The backward asks for nothing that the forward does not."""
+    return tuple(triton_reasons(target, dtype=spec.dtype))
+
+
+def forward(
+    spec: GroupedMatmulSpec, config: GroupedMatmulConfig, lhs: Array, rhs: Array, rhs_up: Array | None, sizes: Array
+) -> Plan:
+    """The launches that write out, and the preactivations where the spec asks for them."""
+    (batch, tokens, _), n = lhs.shape, rhs.shape[3]
+    block_m = fit_rows(config.forward, tokens, rhs.shape[1])
+    schedule, tiles = schedule_launch("tiles", sizes, tokens, block_m, every=False)
+    outputs = {"out": contiguous((batch, tokens, n), spec.dtype)}
+    if spec.save_preactivations:
+        outputs["preactivations"] = contiguous((batch, 2, tokens, n), spec.dtype)
+    inputs = {"lhs": lhs, "rhs": rhs}
+    if spec.activation is None or rhs_up is None:
+        product = rows_launch(config.forward, block_m, tiles, {"lhs": lhs}, {"rhs": rhs}, ("tiles", "out"))
+    else:
+        inputs["rhs_up"] = rhs_up
+        product = gated_launch(
+            config.forward, block_m, tiles, inputs, "tiles", spec.activation, spec.save_preactivations
+        )
+    return Plan((schedule, product), {**inputs, "group_sizes": sizes}, outputs, {"tiles": tiles})
+
+
+def backward(
+    spec: GroupedMatmulSpec,
+    config: GroupedMatmulConfig,
+    inputs: tuple[Array, Array, Array | None, Array],
+    outputs: tuple[Array, Array | None],
+    gradients: tuple[Array, None],
+) -> Plan:
+    """Launches that write dlhs, drhs, and drhs_up where rhs_up is there."""
+    lhs, rhs, rhs_up, sizes = inputs
+    dout = gradients[0]
+    passed = {"lhs": lhs, "rhs": rhs, "group_sizes": sizes, "dout": dout}
+    results = {"dlhs": contiguous(lhs.shape, spec.dtype), "drhs": contiguous(rhs.shape, spec.dtype)}
+    scratch: dict[str, Array] = {}
+    launches: list[Launch] = []
+    grads, weights = {"dout": dout}, {"rhs": turned(rhs)}
+    if spec.activation is not None and rhs_up is not None and outputs[1] is not None:
+        dz = contiguous(dout.shape, spec.dtype)
+        scratch |= {"dz_gate": dz, "dz_up": dz}
+        grads, weights = dict(scratch), {**weights, "rhs_up": turned(rhs_up)}
+        passed |= {"rhs_up": rhs_up, "preactivations": outputs[1]}
+        results["drhs_up"] = contiguous(rhs_up.shape, spec.dtype)
+        launches.append(_dz_launch(spec.activation, dout))
+
+    block_m = fit_rows(config.dlhs, lhs.shape[1], rhs.shape[1])
+    schedule, scratch["tiles"] = schedule_launch("tiles", sizes, lhs.shape[1], block_m, every=False)
+    launches += [schedule, rows_launch(config.dlhs, block_m, scratch["tiles"], grads, weights, ("tiles", "dlhs"))]
+    of_drhs, its_scratch = drhs_launches(config.drhs, sizes, {"lhs": lhs}, grads)
+    return Plan((*launches, *of_drhs), passed, results, scratch | its_scratch)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _dz(
+    dout, preactivations, dz_gate, dz_up,
+    m, n, dout_batch, dout_row, dout_col,
+    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_M, BLOCK_N] of `dz_gate = dout * up * activation'(gate)` and `dz_up = dout * activation(gate)`.
+
+    dout has any strides; preactivations are contiguous [batch, 2, m, n], the results [batch, m, n]. What the rows of
+    nobody come to is not read.
+    """
+    tiles_m = tl.cdiv(m, BLOCK_M)
+    tiles_n = tl.cdiv(n, BLOCK_N)
+    batch = tl.program_id(0) // (tiles_m * tiles_n)
+    row = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
+    col = tl.program_id(0) % tiles_n * BLOCK_N
+    rows = indices(BLOCK_M, WIDE)
+    cols = indices(BLOCK_N, WIDE)
+    exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
+    offsets = rows[:, None] * n + cols[None, :]
+    dout = advance(advance(advance(dout, batch, dout_batch), row, dout_row), col, dout_col)
+    gradient = tl.load(dout + rows[:, None] * dout_row + cols[None, :] * dout_col, mask=exists, other=0.0)
+    gradient = gradient.to(tl.float32)
+    gate = tl.load(element(preactivations, 2 * batch, row, col, m, n) + offsets, mask=exists, other=0.0)
+    gate = gate.to(tl.float32)
+    up = tl.load(element(preactivations, 2 * batch + 1, row, col, m, n) + offsets, mask=exists, other=0.0)
+    dgate = gradient * up.to(tl.float32) * derivative(gate, ACTIVATION)
+    dup = gradient * activate(gate, ACTIVATION)
+    tl.store(element(dz_gate, batch, row, col, m, n) + offsets, dgate.to(dz_gate.dtype.element_ty), mask=exists)
+    tl.store(element(dz_up, batch, row, col, m, n) + offsets, dup.to(dz_up.dtype.element_ty), mask=exists)
+
+
+def _dz_launch(activation: str, dout: Array) -> Launch:
+    """The launch that reads dout and the preactivations once."""
+    batch, m, n = dout.shape
+    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
+    return Launch(
+        _dz,
+        (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
+        inputs=("dout", "preactivations"),
+        outputs=("dz_gate", "dz_up"),
+        numbers={"m": m, "n": n, **strides("dout", dout)},
+        constants={
+            "ACTIVATION": activation,
+            "WIDE": wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        },
+    )

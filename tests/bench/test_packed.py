@@ -1,0 +1,100 @@
+"""Programs compiled for a GPU elsewhere: what a launch is called, what it is given, and what the folder holds."""
+
+import ctypes
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from crosstile.bench import packed
+from crosstile.bench.cli import app
+from crosstile.bench.gpu import compiled_launch
+from crosstile.bench.programs import Job, gpu_plan
+from crosstile.bench.shape import numpy_dtype
+from crosstile.bench.shapes import SHAPES
+from crosstile.kernels.tiles.targets import get_target
+
+SM_90 = get_target("sm_90")
+NORM = Job("sm_90", "norm", "backward", "gpt-2-norm", "bfloat16")
+
+
+def plan_of(job):
+    plan = gpu_plan(job)
+    return plan.launches, {**plan.inputs, **plan.outputs, **plan.scratch}
+
+
+def test_a_key_says_all_that_the_compiler_was_told():
+    (launch, *_), arrays = plan_of(NORM)
+    key = packed.key_of(launch, arrays, SM_90)
+    assert key == packed.key_of(launch, arrays, SM_90)
+    name = launch.inputs[0]
+    odd = {**arrays, name: replace(arrays[name], aligned=False)}
+    other = {**arrays, name: replace(arrays[name], dtype="float32")}
+    changed = [
+        packed.key_of(launch, odd, SM_90),
+        packed.key_of(launch, other, SM_90),
+        packed.key_of(replace(launch, num_warps=1), arrays, SM_90),
+        packed.key_of(replace(launch, num_stages=7), arrays, SM_90),
+    ]
+    assert len({key, *changed}) == 5
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        NORM,
+        Job("sm_90", "rotary", "forward", "llama-3-8b-rotary", "bfloat16"),
+        Job("sm_90", "attention", "forward", "llama-3-8b-decode", "bfloat16"),
+    ],
+    ids=str,
+)
+def test_a_launch_gives_what_the_program_takes(job):
+    """The parameters of the PTX, of which the last two are memory that Triton's launcher gives."""
+    sizes = {"u64": 8, "b64": 8, "s64": 8, "u32": 4, "b32": 4, "s32": 4, "f32": 4, "u8": 1, "b8": 1}
+    for launch in plan_of(job)[0][:1]:
+        arrays = plan_of(job)[1]
+        tensors = [
+            torch.empty(1, dtype=getattr(torch, str(numpy_dtype(arrays[name].dtype)))) if name else None
+            for name in (*launch.inputs, *launch.outputs)
+        ]
+        given = packed.arguments(launch, arrays, SM_90, tensors)
+        ptx = compiled_launch(launch, arrays, SM_90).asm["ptx"]
+        entry = re.search(r"\.entry [^(]*\((.*?)\)", ptx, re.DOTALL).group(1)
+        taken = [sizes[kind] for kind in re.findall(r"\.param \.(\w+)", entry)]
+        assert [ctypes.sizeof(value) for value in given] == taken[:-2]
+        assert taken[-2:] == [8, 8]
+        pointers = [value.value for value in given if isinstance(value, ctypes.c_void_p)]
+        assert pointers == [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+def test_pack_writes_each_program_once(tmp_path):
+    assert list(packed.pack([NORM], tmp_path)) == [NORM]
+    launches, arrays = plan_of(NORM)
+    keys = {packed.key_of(launch, arrays, SM_90) for launch in launches}
+    assert {file.stem for file in tmp_path.glob("*.cubin")} == keys
+    for key in keys:
+        facts = packed.Program(**json.loads((tmp_path / f"{key}.json").read_text()))
+        assert (tmp_path / f"{key}.cubin").read_bytes().find(facts.name.encode()) > 0
+        assert facts.threads % 32 == 0
+        assert facts.threads > 0
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    list(packed.pack([NORM], tmp_path))
+    assert before == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+def test_every_shape_says_what_its_integers_hold():
+    for shape in SHAPES:
+        arrays, held = shape.arrays("bfloat16"), shape.integers()
+        integers = {name for name, (_, kind) in arrays.items() if kind == "int32"}
+        assert set(held) >= integers, shape.name
+        assert all(array.shape == arrays[name][0] for name, array in held.items()), shape.name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_bench_says_that_there_is_no_gpu():
+    found = CliRunner().invoke(app, ["bench", "--device", "cuda", "--op", "norm"])
+    assert found.exit_code == 2
+    assert "torch finds no GPU" in found.output

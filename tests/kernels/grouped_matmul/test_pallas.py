@@ -1,0 +1,234 @@
+"""The Pallas grouped_matmul kernels, interpreted, against torch: at most twice the error of torch in that precision.
+
+The interpreter fills what lies outside an array, and scratch before it is written, with NaN.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from grouped_problems import OPERANDS, Problem
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+from oracles import assert_within
+
+from crosstile.kernels.grouped_matmul import pallas as kernels
+from crosstile.kernels.grouped_matmul.pallas_schedule import Visits
+from crosstile.kernels.grouped_matmul.spec import ACTIVATIONS, GroupedMatmulSpec
+from crosstile.kernels.grouped_matmul.tiles import GroupedMatmulConfig, GroupedMatmulTiles, choose_config
+from crosstile.kernels.tiles.pallas_tiles import interpreter
+from crosstile.kernels.tiles.targets import INTERPRET, get_target
+
+
+def tiles(*blocks: int) -> GroupedMatmulConfig:
+    """The same tile for every kernel."""
+    return GroupedMatmulConfig(*[GroupedMatmulTiles(*blocks)] * 3)
+
+
+def forward_and_backward(problem: Problem, arrays: dict, config: GroupedMatmulConfig | None = None) -> dict:
+    """out and the gradients, by name."""
+    spec = problem.spec
+    inputs = tuple(arrays[name] if name in problem.names or name == "group_sizes" else None for name in OPERANDS)
+    config = config or choose_config(spec, INTERPRET)
+    outputs = kernels.forward(spec, config, INTERPRET, *inputs)
+    found = kernels.backward(spec, config, INTERPRET, inputs, outputs, (arrays["dout"], None))
+    gradients = dict(zip(OPERANDS, found, strict=True))
+    return {"out": outputs[0], **{f"d{name}": gradients[name] for name in problem.names}}
+
+
+def native(problem: Problem) -> dict:
+    return {
+        name: jnp.asarray(array, array.dtype if name == "group_sizes" else problem.dtype)
+        for name, array in problem.exact_arrays.items()
+    }
+
+
+def quickly_jitted(function):
+    """Most of a test's time is XLA's, and these arrays are small."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def check(problem: Problem, config: GroupedMatmulConfig | None = None) -> None:
+    ours = quickly_jitted(lambda arrays: forward_and_backward(problem, arrays, config))(native(problem))
+    assert {result.dtype.name for result in ours.values()} == {problem.dtype}
+    exact = problem.answers()
+    assert set(ours) == set(exact)
+    assert_within(ours, problem.answers(problem.dtype), exact, problem.dtype)
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_activations(activation):
+    check(Problem(activation=activation, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_dtypes(dtype, activation):
+    check(Problem(dtype=dtype, activation=activation))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens"),
+    [
+        ((0, 37, 0), 37),
+        ((1, 1, 1, 1), 4),
+        ((0, 3, 20), 40),
+        ((16, 16, 0, 0), 40),
+        ((16, 32, 16), 64),
+        ((0, 0, 0), 20),
+        ((), 9),
+        ((0, 0), 0),
+        ((0, 1, 0, 0, 2, 0, 0, 0), 3),
+    ],
+    ids=str,
+)
+def test_sizes_of_groups(sizes, tokens):
+    check(Problem(sizes, tokens, k=17, n=20, dtype="bfloat16"))
+    if len(sizes) == 3:
+        check(Problem(sizes, tokens, k=17, n=20, activation="relu", dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (0, 5), (5, 0), (65, 1), (1, 70)])
+def test_sizes_of_matrices(k, n):
+    check(Problem(k=k, n=n, activation="silu", dtype="bfloat16"))
+
+
+def test_batches_have_sizes_of_their_own():
+    check(Problem(batch=3, dtype="bfloat16", activation="silu"))
+
+
+def test_empty_batch():
+    check(Problem(batch=0))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("k", "n"), list(itertools.product((16, 33, 64), repeat=2)))
+@pytest.mark.parametrize("sizes", [(40, 1, 0, 23), (64, 0, 0), (7, 7, 7, 7, 7, 7, 7)], ids=str)
+def test_all_sizes(k, n, sizes, dtype):
+    for tokens, activation in itertools.product((sum(sizes), sum(sizes) + 21), (None, "gelu")):
+        check(Problem(sizes, tokens, k, n, activation=activation, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "config"),
+    [
+        ("float32", tiles(8, 16, 24)),
+        ("bfloat16", tiles(512, 512, 512)),
+        (
+            "bfloat16",
+            GroupedMatmulConfig(
+                GroupedMatmulTiles(64, 136, 40), GroupedMatmulTiles(16, 64, 128), GroupedMatmulTiles(40, 24, 16)
+            ),
+        ),
+    ],
+    ids=["small", "large", "unlike"],
+)
+def test_tiles_change_nothing(dtype, config):
+    check(Problem(sizes=(30, 3, 14), tokens=60, k=60, n=140, activation="gelu", dtype=dtype), config)
+
+
+def test_more_than_one_tile_of_the_elementwise_kernel():
+    check(Problem(sizes=(200, 80), tokens=300, k=8, n=600, activation="relu"), tiles(512, 1024, 512))
+
+
+def test_a_forward_that_saves_nothing_gives_the_same():
+    problem = Problem(dtype="bfloat16", activation="silu")
+    inputs = tuple(native(problem)[name] for name in OPERANDS)
+    config = choose_config(problem.spec, INTERPRET)
+    saved, plain = (
+        quickly_jitted(partial(kernels.forward, spec, config, INTERPRET))(*inputs)
+        for spec in (problem.spec, replace(problem.spec, save_preactivations=False))
+    )
+    assert plain[1] is None
+    np.testing.assert_array_equal(plain[0], saved[0])
+    assert not saved[1][:, :, sum(problem.sizes) :].any()
+
+
+def test_two_runs_are_bit_equal():
+    problem = Problem(dtype="bfloat16")
+    run = quickly_jitted(lambda arrays: forward_and_backward(problem, arrays))
+    first, second = (run(native(problem)) for _ in range(2))
+    for name, result in first.items():
+        np.testing.assert_array_equal(result, second[name], err_msg=name)
+
+
+def test_nan_and_infinity_stay_in_their_row_and_group():
+    for dtype in ("float32", "bfloat16"):
+        problem = Problem(sizes=(3, 4), tokens=8, k=6, n=3, dtype=dtype)
+        arrays = native(problem)
+        arrays["lhs"] = arrays["lhs"].at[0, 1, 4].set(jnp.nan)
+        arrays["dout"] = arrays["dout"].at[0, 5, 0].set(jnp.inf)
+        ours = quickly_jitted(lambda arrays, problem=problem: forward_and_backward(problem, arrays))(arrays)
+        ours = {name: np.asarray(array, np.float32) for name, array in ours.items()}
+        assert np.isnan(ours["out"][0, 1]).all()
+        assert np.isfinite(np.delete(ours["out"][0], 1, axis=0)).all()
+        assert np.isfinite(np.delete(ours["dlhs"][0], 5, axis=0)).all()
+        assert np.isnan(ours["drhs"][0, 0, 4]).all()
+        assert np.isfinite(np.delete(ours["drhs"][0, 0], 4, axis=0)).all()
+        assert np.isfinite(ours["drhs"][0, 1, :, 1:]).all()
+        assert np.isinf(ours["drhs"][0, 1, :, 0]).all()
+
+
+def test_sizes_that_cannot_be_touch_nothing_else():
+    problem = Problem(sizes=(20, 30), tokens=50, k=16, n=16, dtype="bfloat16")
+    run = quickly_jitted(lambda arrays: forward_and_backward(problem, arrays))
+    for wrong, right in (([60, 2**31 - 1], [50, 0]), ([-5, 50], [0, 50])):
+        ours, exact = (
+            run(native(problem) | {"group_sizes": jnp.array([sizes], jnp.int32)}) for sizes in (wrong, right)
+        )
+        for name, result in exact.items():
+            np.testing.assert_array_equal(ours[name], result, err_msg=name)
+
+
+def test_the_list_of_visits():
+    """Each row is visited once for its group, the visits of a block follow each other, and there is room for all."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        tokens, groups, block = (int(rng.integers(*bounds)) for bounds in ((1, 90), (1, 9), (1, 40)))
+        sizes = rng.multinomial(rng.integers(0, tokens + 1), np.ones(groups) / groups).astype(np.int32)
+        for every in (False, True):
+            visits = Visits.of(jnp.asarray(sizes)[None], tokens, block, every)
+            owners = np.repeat(np.arange(groups + 1), [*sizes, 0 if every else tokens - sizes.sum()])
+            seen = np.full(len(owners), -1)
+            group, tile, first, end = map(np.asarray, visits.arrays)
+            assert (np.diff(tile) >= 0).all()
+            assert (np.diff(group) >= 0).all()
+            assert 0 <= tile.min() <= tile.max() < -(-tokens // block)
+            for owner, number, begin, stop in zip(group, tile, first, end, strict=True):
+                rows = slice(max(begin, number * block), max(min(stop, (number + 1) * block), begin))
+                assert (seen[rows] == -1).all()
+                seen[rows] = owner
+            assert (seen == owners).all()
+            if every:
+                assert set(group) == set(range(groups))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_races_and_reads_before_writes(activation):
+    """The strict interpreter, which simulates a chip's copies and memories, finds no race and no read of nothing."""
+    problem = Problem(sizes=(5, 0, 14), tokens=24, k=24, n=40, activation=activation, dtype="bfloat16")
+    with interpreter(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
+        check(problem, tiles(8, 32, 16))
+    assert not interpret_pallas_call.races.races_found
+
+
+def test_tiles_that_a_tpu_cannot_have():
+    with pytest.raises(ValueError, match="block_k: got 12; it must be a positive multiple of 8"):
+        forward_and_backward(Problem(), native(Problem()), tiles(64, 64, 12))
+
+
+def test_supports():
+    bfloat16, float16 = (GroupedMatmulSpec(dtype) for dtype in ("bfloat16", "float16"))
+    for name in ("v4", "v5e", "v5p", "v6e", "v7x"):
+        assert kernels.supports(bfloat16, get_target(name), True) == ()
+        assert all("bfloat16" in reason for reason in kernels.supports(float16, get_target(name), True))
+    assert kernels.supports(float16, INTERPRET, True) == ()
+    assert "triton" in kernels.supports(bfloat16, get_target("sm_90"), False)[0]
+    assert "float64" in kernels.supports(GroupedMatmulSpec("float64"), INTERPRET, False)[0]

@@ -49,16 +49,11 @@ def compile_command(
     from . import compile as compiling
     from .programs import DTYPES, jobs_for
     from .progress import bars
-    from .shapes import OPS, QUICK, SHAPES, get_shape
+    from .shapes import QUICK, get_shape
 
     targets = _known(target, "--target", list(TARGETS))
-    ops = _known(op, "--op", list(OPS))
     dtypes = _known(dtype, "--dtype", list(DTYPES), DTYPES[:1])
-    everyday = None if every else [shape.name for shape in SHAPES if shape.everyday]
-    names = _known(shape, "--shape", [shape.name for shape in SHAPES], QUICK if quick else everyday)
-    shapes = [get_shape(name) for name in names if get_shape(name).op in ops]
-    if not shapes:
-        raise typer.BadParameter(f"no shape named {', '.join(names)} is of {', '.join(ops)}")
+    shapes = [get_shape(name) for name in _shape_names(op, shape, every, QUICK if quick else None)]
     console = _console()
     try:
         compiling.check_compilers(targets)
@@ -101,12 +96,79 @@ def verify_command(
 
 
 @app.command("bench")
-def bench_command(rounds: Annotated[int, typer.Option(min=4, help="Pairs of timings of each call.")] = 200) -> None:
-    """Measure the cost of a call above torch's own op, and of importing crosstile. Exit code 1 over the bar."""
-    from . import overhead
+def bench_command(
+    rounds: Annotated[int, typer.Option(min=4, help="Pairs of timings of each call, on this CPU.")] = 200,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: time named shapes on this machine's GPU.")] = "cpu",
+    op: Annotated[list[str] | None, typer.Option(help="On a GPU: an op; repeat it. All without.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="On a GPU: a named shape; repeat it.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="On a GPU: the long list of shapes.")] = False,
+    dtype: Annotated[str, typer.Option(help="On a GPU: bfloat16, float16 or float32.")] = "bfloat16",
+    packed: Annotated[
+        Path | None, typer.Option(help="On a GPU: launch programs that `crosstile pack` compiled, from this folder.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="On a GPU: write the figures to this file too.")
+    ] = None,
+) -> None:
+    """Measure the cost of a call above torch's own op, and of importing crosstile; or every op on this machine's GPU.
 
-    if not overhead.show(overhead.torch_overheads(rounds), overhead.import_seconds(), _console()):
+    Exit code 1: over the bar, or a result on the GPU is wrong.
+    """
+    if device == "cpu":
+        from . import overhead
+
+        if not overhead.show(overhead.torch_overheads(rounds), overhead.import_seconds(), _console()):
+            raise typer.Exit(FAILED)
+        return
+    if device != "cuda":
+        raise typer.BadParameter(f"got {device!r}; it must be cpu or cuda", param_hint="--device")
+    from . import chip
+    from .shapes import get_shape
+
+    names = _shape_names(op, shape, every)
+    try:
+        with chip.launcher(packed):
+            rows = list(chip.bench([get_shape(name) for name in names], _known([dtype], "--dtype", _dtypes())[0]))
+    except chip.NoChipError as error:
+        _stop(str(error))
+    chip.show(rows, _console())
+    if json_file:
+        chip.write_json(rows, json_file)
+    if not all(row.passes for row in rows):
         raise typer.Exit(FAILED)
+
+
+@app.command("pack")
+def pack_command(
+    folder: Annotated[Path, typer.Argument(help="Where the programs go.")],
+    target: Annotated[str, typer.Option(help="An NVIDIA chip: sm_80, sm_90 or sm_100.")] = "sm_90",
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="A named shape, such as llama-3-8b; repeat it.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="The long list of shapes.")] = False,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+) -> None:
+    """Compile the programs of named shapes into a folder, for `bench --device cuda --packed FOLDER` elsewhere."""
+    from crosstile.kernels.tiles.targets import TARGETS
+
+    from . import packed
+    from .programs import jobs_for, unsupported
+    from .progress import bars
+    from .shapes import get_shape
+
+    nvidia = [name for name, chip in TARGETS.items() if chip.platform == "cuda"]
+    chosen = _known([target], "--target", nvidia)
+    dtypes = _known([dtype], "--dtype", _dtypes())
+    jobs = [
+        job
+        for job in jobs_for(chosen, [get_shape(name) for name in _shape_names(op, shape, every)], dtypes)
+        if not unsupported(job)
+    ]
+    console = _console()
+    with bars(console) as progress:
+        task = progress.add_task("pack", total=len(jobs), current="")
+        for job in packed.pack(jobs, folder):
+            progress.update(task, advance=1, current=str(job))
+    console.print(f"compiled for {target}, not measured: {len(list(folder.glob('*.cubin')))} programs in {folder}")
 
 
 @app.command("roofline")
@@ -120,6 +182,55 @@ def roofline_command(
 
     names = _known(target, "--target", list(TARGETS))
     roofline.show(roofline.bounds([TARGETS[name] for name in names]), _console())
+
+
+@app.command("cycles")
+def cycles_command(
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="A TPU, such as v5e; repeat it. All without.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A named shape; repeat it. The everyday ones without.")
+    ] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward, saving or backward; repeat it.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of the tiles and its value, such as forward.block_q=512; repeat it."),
+    ] = None,
+    lines: Annotated[int, typer.Option(min=0, help="Lines of Python to show for each kernel.")] = 12,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    validate: Annotated[
+        Path | None, typer.Option(help="Compare with tokamax's measurements, from a folder of `tokamax_dumps`.")
+    ] = None,
+) -> None:
+    """Predict how many cycles each kernel takes on a TPU, by unit and by line of Python, from its machine code."""
+    from . import cycles_report, validation
+    from .cores import CORES
+    from .programs import directions, jobs_for
+    from .shapes import get_shape
+
+    if validate:
+        validation.show(validation.compare(validate), _console())
+        return
+    shapes = [get_shape(name) for name in _shape_names(op, shape, False)]
+    ways = _known(direction, "--direction", sorted({way for found in shapes for way in directions(found)}))
+    kinds = _known([dtype], "--dtype", _dtypes())
+    jobs = [job for job in jobs_for(_known(target, "--target", list(CORES)), shapes, kinds) if job.direction in ways]
+    found, good = cycles_report.run(jobs, _tiles(config), lines, _console())
+    if json_file:
+        cycles_report.write_json(found, json_file)
+    if not good:
+        raise typer.Exit(FAILED)
+
+
+def _tiles(given: list[str] | None) -> dict[str, int]:
+    found = {}
+    for item in given or ():
+        name, equals, value = item.partition("=")
+        if not equals or not value.isdigit():
+            raise typer.BadParameter(f"got {item!r}; it must be FIELD=NUMBER", param_hint="--config")
+        found[name] = int(value)
+    return found
 
 
 @app.command("explain")
@@ -150,6 +261,25 @@ def demo_command(
 
     if not demo(folder, seconds, _console()):
         raise typer.Exit(FAILED)
+
+
+def _dtypes() -> list[str]:
+    from .programs import DTYPES
+
+    return list(DTYPES)
+
+
+def _shape_names(op: list[str] | None, shape: list[str] | None, every: bool, default: Any = None) -> list[str]:
+    """The named shapes of the chosen ops: those given, else the default, else every day's or all."""
+    from .shapes import OPS, SHAPES, get_shape
+
+    ops = _known(op, "--op", list(OPS))
+    everyday = [item.name for item in SHAPES if item.everyday or every]
+    names = _known(shape, "--shape", [item.name for item in SHAPES], default or everyday)
+    found = [name for name in names if get_shape(name).op in ops]
+    if not found:
+        raise typer.BadParameter(f"no shape named {', '.join(names)} is of {', '.join(ops)}")
+    return found
 
 
 def _on_this_cpu() -> None:

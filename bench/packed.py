@@ -140,11 +140,9 @@ def arguments(launch: Launch, arrays: dict[str, Array], target: Target, tensors:
     for parameter in launch.kernel.params:
         if parameter.is_constexpr:
             continue
+        number: Any = launch.numbers.get(parameter.name)
+        tensor = None if parameter.name in launch.numbers else next(operands)
         kind = signature[parameter.name]
-        if parameter.name in launch.numbers:
-            value = None if kind == "constexpr" else _C_TYPES[kind](launch.numbers[parameter.name])
-        else:
-            tensor = next(operands)
-            value = None if kind == "constexpr" else ctypes.c_void_p(tensor.data_ptr())
-        values += [] if value is None else [value]
+        if kind != "constexpr":
+            values.append(_C_TYPES[kind](number) if tensor is None else ctypes.c_void_p(tensor.data_ptr()))
     return values

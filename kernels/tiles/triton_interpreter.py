@@ -7,6 +7,7 @@ and a call of a jitted function inside a kernel runs its Python. No torch is nee
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -53,10 +54,23 @@ def run(plan: Plan, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
     memory = dict(arrays)
     for name, array in {**plan.outputs, **plan.scratch}.items():
         memory[name] = np.full(array.shape, np.asarray(np.nan if "float" in array.dtype else -1).astype(array.dtype))
-    with _one_at_a_time, _interpreted(), np.errstate(all="ignore"):
+    with _one_at_a_time, _interpreted(), _subnormal_numbers(), np.errstate(all="ignore"):
         for launch in plan.launches:
             _run_launch(launch, memory)
     return tuple(memory[name] for name in plan.outputs)
+
+
+@contextmanager
+def _subnormal_numbers() -> Iterator[None]:
+    """Threads of XLA's, on which JAX calls back, take subnormal numbers for zero; a GPU does not."""
+    library = ctypes.CDLL(None)
+    before = ctypes.create_string_buffer(64)  # more than glibc's fenv_t has on any processor
+    library.fegetenv(before)
+    library.fesetenv(ctypes.c_void_p(-1))  # glibc's FE_DFL_ENV
+    try:
+        yield
+    finally:
+        library.fesetenv(before)
 
 
 def _run_launch(launch: Launch, memory: Mapping[str, np.ndarray]) -> None:

@@ -90,7 +90,7 @@ def test_opcheck(kernel, subject):
     else:
         a, b, bias, residual = inputs
         arguments = (a, b.expand(3, 5, 6), bias.expand(3, 6), residual.expand(3, 4, 6))
-        arguments += ("float32", "silu", True, kernel, "interpret", None)
+        arguments += ("float32", "silu", True, None, kernel, "interpret", None)
         operator = torch.ops.crosstile.matmul.default
     results = torch.library.opcheck(operator, arguments)
     assert set(results.values()) == {"SUCCESS"}

@@ -54,8 +54,8 @@ def prepare_quantized_matmul(
     return spec, (a, b.values, b.scales, b.zeros, bias, residual)
 
 
-def check_stored(b: Quantized) -> None:
-    """Refuse a weight put together by hand whose arrays do not fit."""
+def check_stored(b: Quantized, named: str = "b") -> None:
+    """Refuse a weight put together by hand whose arrays do not fit; named is the argument that it came as."""
     from crosstile.kernels.tiles.formats import FORMATS, stored_shapes
 
     form, (*lead, k, n) = FORMATS[b.format], b.shape
@@ -66,9 +66,11 @@ def check_stored(b: Quantized) -> None:
         wanted.append(("zeros", b.zeros, scales, (form.storage,)))
     for name, array, shape, dtypes in wanted:
         if tuple(array.shape) != (*lead, *shape):
-            raise ValueError(f"b.{name}: got {show(array.shape)}; of {b.format} it must be {show((*lead, *shape))}")
+            raise ValueError(
+                f"{named}.{name}: got {show(array.shape)}; of {b.format} it must be {show((*lead, *shape))}"
+            )
         if (kind := dtype_name(array.dtype)) not in dtypes:
-            raise TypeError(f"b.{name}: dtype is {kind}; of {b.format} it must be {' or '.join(dtypes)}")
+            raise TypeError(f"{named}.{name}: dtype is {kind}; of {b.format} it must be {' or '.join(dtypes)}")
 
 
 def canonical_quantized_matmul(

@@ -2,7 +2,7 @@
 
 Two products of the same left operand are one kernel, which reads it once: forward `x @ w_gate` and `x @ w_up`, with the
 gate in its last step, and backward `dw_gate = x^T @ dz_gate` and `dw_up = x^T @ dz_up`. dz, the gradients of both
-preactivations in one array, come from one elementwise kernel. `dx = dz_gate @ w_gate^T + dz_up @ w_up^T` is one kernel
+preactivations, come from one elementwise kernel. `dx = dz_gate @ w_gate^T + dz_up @ w_up^T` is one kernel
 with one accumulator. Nothing is transposed in memory: a turned operand is contracted along its other axis.
 
 A grid step multiplies blocks into float32 sums in VMEM; the last step along k finishes the tile. Blocks that stick out
@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_activations import activate, derivative
+from ..tiles.pallas_activations import activate
+from ..tiles.pallas_gate import dz_of_gate
 from ..tiles.pallas_tiles import (
     LANES,
     LOW_PRODUCTS,
@@ -36,8 +37,6 @@ from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
 from .spec import GluMatmulSpec
 from .tiles import GluMatmulConfig, GluMatmulTiles
-
-ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 256, 512  # the tile of the kernel that only reads, bends and scales
 
 
 def supports(spec: GluMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -82,70 +81,53 @@ def backward(
     x, w_gate, w_up = inputs
     if not (x.size and w_gate.size):
         return jnp.zeros_like(x), jnp.zeros_like(w_gate), jnp.zeros_like(w_up)
-    dz = _dz(spec, target, gradients[0], outputs[1])
+    dz = dz_of_gate(spec.activation, target, gradients[0], outputs[1])
     dw_gate, dw_up = _dw(config.dw, target, x, dz)
     return _dx(config.dx, target, dz, w_gate, w_up), dw_gate, dw_up
 
 
-def _dw(tiles: GluMatmulTiles, target: Target, x: jax.Array, dz: jax.Array) -> list[jax.Array]:
-    """`x^T @ dz_gate` and `x^T @ dz_up`, of x [batch, k, m] and dz [batch, 2, k, n]: names as this product has them."""
-    (batch, k, m), n = x.shape, dz.shape[3]
+def _dw(tiles: GluMatmulTiles, target: Target, x: jax.Array, dz: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
+    """`x^T @ dz_gate` and `x^T @ dz_up`, of x [batch, k, m] and dz [batch, k, n]: names as this product has them."""
+    (batch, k, m), n = x.shape, dz[0].shape[2]
     block_m, block_n, block_k = blocks = _blocks(tiles, (m, n, k), target)
-
-    def plane(number: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, block_k, block_n), lambda b, i, j, s: (b, number, s, j))
-
+    right = pl.BlockSpec((None, block_k, block_n), lambda b, i, j, s: (b, s, j))
     found: list[jax.Array] = pl.pallas_call(
         partial(_pair_kernel, activation=None, turned=True, **_steps(k, block_k, target)),
         grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n), pl.cdiv(k, block_k)),
-        in_specs=[pl.BlockSpec((None, block_k, block_m), lambda b, i, j, s: (b, s, i)), plane(0), plane(1)],
+        in_specs=[pl.BlockSpec((None, block_k, block_m), lambda b, i, j, s: (b, s, i)), right, right],
         out_specs=[pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j))] * 2,
         out_shape=[jax.ShapeDtypeStruct((batch, m, n), x.dtype)] * 2,
         scratch_shapes=_pair_scratch(blocks, x.dtype, turned=True),
         name="glu_matmul_dw",
         **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
-    )(x, dz, dz)
+    )(x, *dz)
     return found
 
 
-def _dx(tiles: GluMatmulTiles, target: Target, dz: jax.Array, w_gate: jax.Array, w_up: jax.Array) -> jax.Array:
-    """`dz_gate @ w_gate^T + dz_up @ w_up^T`, of dz [batch, 2, m, k] and weights [batch, n, k]."""
-    (batch, _, m, k), n = dz.shape, w_gate.shape[1]
+def _dx(
+    tiles: GluMatmulTiles, target: Target, dz: tuple[jax.Array, jax.Array], w_gate: jax.Array, w_up: jax.Array
+) -> jax.Array:
+    """`dz_gate @ w_gate^T + dz_up @ w_up^T`, of dz [batch, m, k] and weights [batch, n, k]."""
+    (batch, m, k), dtype, n = dz[0].shape, dz[0].dtype, w_gate.shape[1]
     block_m, block_n, block_k = _blocks(tiles, (m, n, k), target)
+    left = pl.BlockSpec((None, block_m, block_k), lambda b, i, j, s: (b, i, s))
     weight = pl.BlockSpec((None, block_n, block_k), lambda b, i, j, s: (b, j, s))
     scratch = {"sums_ref": pltpu.VMEM((block_m, block_n), jnp.float32)}
-    if dz.dtype == jnp.float32:
+    if dtype == jnp.float32:
         scratch["low_ref"] = scratch["sums_ref"]
         scratch["left_parts"] = pltpu.VMEM((3, block_m, block_k), jnp.bfloat16)
         scratch["right_parts"] = pltpu.VMEM((3, block_n, block_k), jnp.bfloat16)
     dx: jax.Array = pl.pallas_call(
         partial(_dx_kernel, **_steps(k, block_k, target)),
         grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n), pl.cdiv(k, block_k)),
-        in_specs=[pl.BlockSpec((None, 2, block_m, block_k), lambda b, i, j, s: (b, 0, i, s)), weight, weight],
+        in_specs=[left, left, weight, weight],
         out_specs=pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j)),
-        out_shape=jax.ShapeDtypeStruct((batch, m, n), dz.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, m, n), dtype),
         scratch_shapes=scratch,
         name="glu_matmul_dx",
         **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
-    )(dz, w_gate, w_up)
+    )(*dz, w_gate, w_up)
     return dx
-
-
-def _dz(spec: GluMatmulSpec, target: Target, dout: jax.Array, preactivations: jax.Array) -> jax.Array:
-    """The gradients of gate and of up, [batch, 2, m, n]."""
-    batch, m, n = dout.shape
-    block_m, block_n = min(ELEMENTWISE_ROWS, m), min(ELEMENTWISE_COLS, n)
-    both = pl.BlockSpec((None, 2, block_m, block_n), lambda b, i, j: (b, 0, i, j))
-    dz: jax.Array = pl.pallas_call(
-        partial(_dz_kernel, activation=spec.activation, piece=elementwise_piece(target)),
-        grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n)),
-        in_specs=[pl.BlockSpec((None, block_m, block_n), lambda b, i, j: (b, i, j)), both],
-        out_specs=both,
-        out_shape=jax.ShapeDtypeStruct(preactivations.shape, preactivations.dtype),
-        name="glu_matmul_dz",
-        **call_params(target, ("parallel", "parallel", "parallel")),
-    )(dout, preactivations)
-    return dz
 
 
 def _pair_kernel(
@@ -190,7 +172,8 @@ def _pair_kernel(
 
 
 def _dx_kernel(
-    dz_ref: Any,
+    dz_gate_ref: Any,
+    dz_up_ref: Any,
     w_gate_ref: Any,
     w_up_ref: Any,
     dx_ref: Any,
@@ -201,10 +184,9 @@ def _dx_kernel(
     right_parts: Any | None = None,
     **steps: Any,
 ) -> None:
-    """One step along k of a tile [m, n] of dx, of dz [2, m, k] and weights [n, k]."""
+    """One step along k of a tile [m, n] of dx, of dz [m, k] and weights [n, k]."""
     step, last, piece = pl.program_id(3), steps["count"] - 1, steps["piece"]
-    for half, weight_ref in enumerate((w_gate_ref, w_up_ref)):
-        left_ref = dz_ref.at[half]
+    for half, (left_ref, weight_ref) in enumerate(((dz_gate_ref, w_gate_ref), (dz_up_ref, w_up_ref))):
         lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece)
         rights = [weight_ref] if right_parts is None else split_parts(weight_ref, right_parts, piece)
         _add_product((sums_ref, low_ref), lefts, rights, (1, 1), (step == 0) & (half == 0), **steps)
@@ -213,18 +195,6 @@ def _dx_kernel(
         dx_ref[rows, cols] = _total(sums_ref, low_ref, rows, cols).astype(dx_ref.dtype)
 
     pl.when(step == last)(lambda: in_pieces(dx_ref.shape, piece, finish))
-
-
-def _dz_kernel(dout_ref: Any, preactivations_ref: Any, dz_ref: Any, *, activation: str, piece: tuple[int, int]) -> None:
-    """One tile [m, n] of dz_gate and of dz_up, each a half of dz [2, m, n]."""
-
-    def bend(rows: Any, cols: Any) -> None:
-        dout = dout_ref[rows, cols].astype(jnp.float32)
-        gate, up = (preactivations_ref[half, rows, cols].astype(jnp.float32) for half in (0, 1))
-        dz_ref[0, rows, cols] = (dout * up * derivative(activation, gate)).astype(dz_ref.dtype)
-        dz_ref[1, rows, cols] = (dout * activate(activation, gate)).astype(dz_ref.dtype)
-
-    in_pieces(dout_ref.shape, piece, bend)
 
 
 def _add_product(

@@ -16,13 +16,14 @@ import triton.language as tl
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
-from ..tiles.triton_activations import activate, derivative
+from ..tiles.triton_gate import dz_launch, store_gated
 from ..tiles.triton_products import (
     element,
     grouped,
-    halves,
+    has_runs,
     indices,
     shrink,
+    store,
     strides,
     transposed,
     warps,
@@ -31,9 +32,6 @@ from ..tiles.triton_products import (
 from ..tiles.triton_tiles import advance
 from .spec import GluMatmulSpec
 from .tiles import GluMatmulConfig, GluMatmulTiles
-
-ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 32, 128  # the tile of the kernel that only reads, bends and scales
-EPILOGUE_COLS = tl.constexpr(32)
 
 
 def supports(spec: GluMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -65,7 +63,7 @@ def backward(
     dz = contiguous(dout.shape, spec.dtype)
     results = {"dx": x, "dw_gate": w_gate, "dw_up": w_up}
     launches = (
-        _dz_launch(spec.activation, dout),
+        dz_launch(spec.activation, dout),
         _dx_launch(config.dx, dz, {"w_gate": transposed(w_gate), "w_up": transposed(w_up)}),
         _pair_launch(config.dw, {"x": transposed(x), "dz_gate": dz, "dz_up": dz}, ("dw_gate", "dw_up"), None),
     )
@@ -124,46 +122,10 @@ def _pair(
         second = advance(second, BLOCK_K, second_row)
 
     if ACTIVATION is None:
-        _store(first_sums, kept, batch, row, col, m, n, WIDE)
-        _store(second_sums, out, batch, row, col, m, n, WIDE)
+        store(first_sums, kept, batch, row, col, m, n, m, WIDE)
+        store(second_sums, out, batch, row, col, m, n, m, WIDE)
     else:
-        _store_gated(first_sums, second_sums, kept, out, batch, row, col, m, n, ACTIVATION, SAVES, WIDE)
-
-
-@triton.jit
-def _store_gated(
-    gate, up, kept, out, batch, row, col, m, n, ACTIVATION: tl.constexpr, SAVES: tl.constexpr, WIDE: tl.constexpr
-):
-    """Store what tiles of gate and up make, whose first element is (row, col), and both where they are kept.
-
-    Wide tiles go by halves: the activation and addresses of all of them at once would not fit the registers.
-    """
-    if gate.shape[1] > EPILOGUE_COLS:
-        gate_left, gate_right = halves(gate)
-        up_left, up_right = halves(up)
-        _store_gated(gate_left, up_left, kept, out, batch, row, col, m, n, ACTIVATION, SAVES, WIDE)
-        col += gate_left.shape[1]
-        _store_gated(gate_right, up_right, kept, out, batch, row, col, m, n, ACTIVATION, SAVES, WIDE)
-    else:
-        if SAVES:
-            _store(gate, kept, 2 * batch, row, col, m, n, WIDE)
-            _store(up, kept, 2 * batch + 1, row, col, m, n, WIDE)
-        _store(activate(gate, ACTIVATION) * up, out, batch, row, col, m, n, WIDE)
-
-
-@triton.jit
-def _store(tile, out, batch, row, col, m, n, WIDE: tl.constexpr):
-    """Store what exists of a tile whose first element is (row, col) of a contiguous [batch, m, n], part by part."""
-    if tile.shape[1] > EPILOGUE_COLS:
-        left, right = halves(tile)
-        _store(left, out, batch, row, col, m, n, WIDE)
-        _store(right, out, batch, row, col + left.shape[1], m, n, WIDE)
-    else:
-        rows = indices(tile.shape[0], WIDE)
-        cols = indices(tile.shape[1], WIDE)
-        exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
-        pointers = element(out, batch, row, col, m, n) + (rows[:, None] * n + cols[None, :])
-        tl.store(pointers, tile.to(out.dtype.element_ty), mask=exists)
+        store_gated(first_sums, second_sums, kept, out, batch, row, col, m, n, m, ACTIVATION, SAVES, WIDE)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -185,7 +147,7 @@ def _dx(
         sums, element(dz_up, batch, row, 0, m, k), advance(advance(w_up, batch, up_batch), col, up_col),
         m - row, n - col, k, up_row, up_col, EVEN_K, WIDE, BLOCK_K,
     )  # fmt: skip
-    _store(sums, dx, batch, row, col, m, n, WIDE)
+    store(sums, dx, batch, row, col, m, n, m, WIDE)
 
 
 @triton.jit
@@ -212,33 +174,6 @@ def _add_product(
         left = advance(left, BLOCK_K, 1)
         right = advance(right, BLOCK_K, right_row)
     return sums
-
-
-@triton.jit(do_not_specialize=["m"])
-def _dz(
-    dout, preactivations, dz_gate, dz_up,
-    m, n, dout_batch, dout_row, dout_col,
-    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One tile [BLOCK_M, BLOCK_N] of `dz_gate = dout * up * activation'(gate)` and `dz_up = dout * activation(gate)`.
-
-    dout has any strides; preactivations are contiguous [batch, 2, m, n], the results [batch, m, n].
-    """
-    batch, row, col = _place(m, n, BLOCK_M, BLOCK_N, 1)
-    rows = indices(BLOCK_M, WIDE)
-    cols = indices(BLOCK_N, WIDE)
-    exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
-    offsets = rows[:, None] * n + cols[None, :]
-    dout = advance(advance(advance(dout, batch, dout_batch), row, dout_row), col, dout_col)
-    gradient = tl.load(dout + rows[:, None] * dout_row + cols[None, :] * dout_col, mask=exists, other=0.0)
-    gradient = gradient.to(tl.float32)
-    gate = tl.load(element(preactivations, 2 * batch, row, col, m, n) + offsets, mask=exists, other=0.0)
-    gate = gate.to(tl.float32)
-    up = tl.load(element(preactivations, 2 * batch + 1, row, col, m, n) + offsets, mask=exists, other=0.0)
-    dgate = gradient * up.to(tl.float32) * derivative(gate, ACTIVATION)
-    dup = gradient * activate(gate, ACTIVATION)
-    tl.store(element(dz_gate, batch, row, col, m, n) + offsets, dgate.to(dz_gate.dtype.element_ty), mask=exists)
-    tl.store(element(dz_up, batch, row, col, m, n) + offsets, dup.to(dz_up.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -283,7 +218,7 @@ def _products(tiles: GluMatmulTiles, left: Array, rights: tuple[Array, Array], o
     block_m, block_n = shrink("block_m", tiles.block_m, m), shrink("block_n", tiles.block_n, n)
     block_k = shrink("block_k", tiles.block_k, k)
     shrunk = tiles.block_m * tiles.block_n // (block_m * block_n)
-    if not all(map(_has_runs, (left, *rights, out))):
+    if not all(map(has_runs, (left, *rights, out))):
         # Each element has an address of its own: those of a large step do not fit the registers, nor does a large
         # tile fit the shared memory on its way to the store.
         block_n, block_k = min(block_n, 128), 16
@@ -303,28 +238,3 @@ def _products(tiles: GluMatmulTiles, left: Array, rights: tuple[Array, Array], o
         "num_stages": tiles.num_stages,
         "dot_dtype": left.dtype,
     }
-
-
-def _dz_launch(activation: str, dout: Array) -> Launch:
-    """The launch that reads dout and the preactivations once."""
-    batch, m, n = dout.shape
-    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
-    return Launch(
-        _dz,
-        (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
-        inputs=("dout", "preactivations"),
-        outputs=("dz_gate", "dz_up"),
-        numbers={"m": m, "n": n, **strides("dout", dout)},
-        constants={
-            "ACTIVATION": activation,
-            "WIDE": wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-        },
-    )
-
-
-def _has_runs(array: Array) -> bool:
-    """Whether 16 elements lie side by side wherever a tile begins, so that one address serves a wide load."""
-    along = [axis for axis in (1, 2) if array.strides[axis] == 1 and array.shape[axis] % 16 == 0]
-    return any(array.strides[3 - axis] % 16 == 0 for axis in along)

@@ -20,14 +20,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_activations import activate, derivative
+from ..tiles.pallas_epilogue import finish, gradients_of, piece_of
 from ..tiles.pallas_tiles import (
     LANES,
     LOW_PRODUCTS,
     call_params,
     contract,
-    elementwise_piece,
-    few_registers,
     fit_block,
     in_chunks,
     in_pieces,
@@ -38,7 +36,6 @@ from ..tiles.targets import MIB, Target
 from .spec import MatmulSpec
 from .tiles import MatmulConfig, of_rows
 
-ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 512, 512  # the tile of the kernel that only reads, scales and sums
 PRECISIONS = ("bf16x3", "bf16x6")
 
 
@@ -87,15 +84,9 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """da, db, dbias, dresidual; the last two are None where the input was."""
     a, b, bias, residual = inputs
-    dout = gradients[0]
-    dz = dresidual = dout.astype(spec.dtype)
-    sums = None
-    if spec.activation is not None or bias is not None:
-        changed, sums = _dz(spec, target, dout, outputs[1] if spec.activation else None)
-        dz = dz if changed is None else changed
+    dz, dbias, dresidual = gradients_of(spec.dtype, spec.activation, target, gradients[0], outputs[1], bias is not None)
     da, _ = _product(config, target, dz, b, spec.dtype, precision=spec.precision, transpose_b=True)
     db, _ = _product(config, target, a, dz, spec.dtype, precision=spec.precision, transpose_a=True)
-    dbias = None if bias is None or sums is None else sums.astype(spec.dtype)
     return da, db, dbias, (None if residual is None else dresidual)
 
 
@@ -161,7 +152,7 @@ def _product(
         steps=steps,
         tail=k - (steps - 1) * block_k,
         columns=target.matrix_unit or LANES,
-        piece=_piece(out.shape, target),
+        piece=piece_of(out.shape, target),
     )
     results = pl.pallas_call(
         partial(_each_item, one_item),
@@ -256,85 +247,14 @@ def _product_kernel(
         pl.when(step < steps - 1)(lambda: multiply(block_k))
         pl.when(step == steps - 1)(lambda: multiply(tail))
 
-    def finish(rows: Any, cols: Any) -> None:
+    def store(rows: Any, cols: Any) -> None:
         z = sums_ref[rows, cols]
         if low_ref is not None:
             low = low_ref[rows, cols]
             z += jnp.where(jnp.isnan(low), 0, low)  # the lower parts of an infinity are NaN, and do not count
-        if bias_ref is not None:
-            z += bias_ref[:, cols].astype(jnp.float32)
-        if preactivation_ref is not None:
-            preactivation_ref[rows, cols] = z.astype(preactivation_ref.dtype)
-        out = activate(activation, z)
-        if residual_ref is not None:
-            out += residual_ref[rows, cols].astype(jnp.float32)
-        out_ref[rows, cols] = out.astype(out_ref.dtype)
+        finish(z, rows, cols, bias_ref, residual_ref, out_ref, preactivation_ref, activation)
 
-    pl.when(step == steps - 1)(lambda: in_pieces(out_ref.shape, piece, finish))
-
-
-def _dz(
-    spec: MatmulSpec, target: Target, dout: jax.Array, preactivation: jax.Array | None
-) -> tuple[jax.Array | None, jax.Array]:
-    """`dz = dout * activation'(preactivation)` [batch, m, n], and its sums along m, float32 [batch, n].
-
-    Without an activation dz is None: it is dout.
-    """
-    batch, m, n = dout.shape
-    struct = None if preactivation is None else jax.ShapeDtypeStruct((batch, m, n), jnp.dtype(spec.dtype))
-    if 0 in dout.shape:
-        return (None if struct is None else dout.astype(struct.dtype)), jnp.zeros((batch, n), jnp.float32)
-    block_m, block_n = min(ELEMENTWISE_ROWS, m), min(ELEMENTWISE_COLS, n)
-    tile = pl.BlockSpec((None, block_m, block_n), lambda b, j, i: (b, i, j))
-    optional = None if struct is None else tile
-    sums, dz = pl.pallas_call(
-        partial(_dz_kernel, activation=spec.activation, m=m, piece=_piece(dout.shape, target)),
-        grid=(batch, pl.cdiv(n, block_n), pl.cdiv(m, block_m)),
-        in_specs=[tile, optional],
-        out_specs=[pl.BlockSpec((None, 1, block_n), lambda b, j, i: (b, 0, j)), optional],
-        out_shape=[jax.ShapeDtypeStruct((batch, 1, n), jnp.float32), struct],
-        name="matmul_dz",
-        **call_params(target, ("parallel", "parallel", "arbitrary")),
-    )(dout, preactivation)
-    return dz, sums[:, 0]
-
-
-def _dz_kernel(
-    dout_ref: Any,
-    preactivation_ref: Any | None,
-    sums_ref: Any,
-    dz_ref: Any | None,
-    *,
-    activation: str | None,
-    m: int,
-    piece: tuple[int, int],
-) -> None:
-    """One tile of dz; the sums [1, n] of its columns are added to those of the tiles above."""
-    block_m = dout_ref.shape[0]
-    first = pl.program_id(2) * block_m
-
-    @pl.when(first == 0)
-    def _start() -> None:
-        sums_ref[...] = jnp.zeros_like(sums_ref)
-
-    def scale(rows: Any, cols: Any) -> None:
-        dz = dout_ref[rows, cols].astype(jnp.float32)
-        if activation is not None and preactivation_ref is not None and dz_ref is not None:
-            dz *= derivative(activation, preactivation_ref[rows, cols].astype(jnp.float32))
-            dz_ref[rows, cols] = dz.astype(dz_ref.dtype)
-        if m % block_m:  # rows past the array are garbage
-            row = first + rows.start + lax.broadcasted_iota(jnp.int32, dz.shape, 0)
-            dz = jnp.where(row < m, dz, 0)
-        sums_ref[:, cols] += jnp.sum(dz, axis=0, keepdims=True)
-
-    in_pieces(dout_ref.shape, piece, scale)
-
-
-def _piece(shape: tuple[int, ...], target: Target) -> tuple[int, int]:
-    """The piece of an elementwise loop; smaller where registers are few and the last ones are masked too."""
-    rows, columns = elementwise_piece(target)
-    masked = shape[1] % rows or shape[2] % LANES
-    return (rows // 2 if masked and few_registers(target) else rows), columns
+    pl.when(step == steps - 1)(lambda: in_pieces(out_ref.shape, piece, store))
 
 
 def _block(name: str, block: int, size: int, target: Target) -> int:

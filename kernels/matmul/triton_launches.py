@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import triton
 
 from ..tiles.launch import Array, Launch, contiguous
+from ..tiles.triton_epilogue import constants_of, numbers_of, operands_of
 from ..tiles.triton_products import has_descriptor, has_runs, shrink, strides, turned, wide
 from .tiles import MatmulConfig, of_rows, parts_of_sums, shrunk
 from .triton_product import add_parts, matmul
@@ -68,13 +69,7 @@ class Product:
         (a_name, a), (b_name, b) = self.a, self.b
         (_, m, k), n = a.shape, b.shape[2]
         whole = parts == 1
-        epilogue = self._epilogue(whole)
-        inputs = (
-            a_name,
-            b_name,
-            "bias" if epilogue["HAS_BIAS"] else "",
-            "residual" if epilogue["HAS_RESIDUAL"] else "",
-        )
+        bias, residual, activation = (self.bias, self.residual, self.activation) if whole else (None, None, None)
         items = tiles * parts
         persistent = bool(config.persistent) and 0 < config.processors < items
         size = ITEM_BYTES[a.dtype]
@@ -83,7 +78,7 @@ class Product:
         return Launch(
             matmul,
             (config.processors if persistent else items,),
-            inputs=inputs if len(outputs) == 2 else (*inputs, ""),
+            inputs=(a_name, b_name, *operands_of(bias, residual, outputs)),
             outputs=outputs,
             numbers={
                 "m": m,
@@ -94,11 +89,10 @@ class Product:
                 "parts": parts,
                 **strides("a", a),
                 **strides("b", b),
-                **strides("residual", self.residual),
-                **strides("bias", self.bias, "batch", "col"),
+                **numbers_of(bias, residual),
             },
             constants={
-                **epilogue,
+                **constants_of(bias, residual, outputs, activation),
                 "PRECISION": self.precision or "ieee",
                 "PARTS": not whole,
                 "PERSISTENT": persistent,
@@ -137,11 +131,10 @@ class Product:
                 "n": self.b[1].shape[2],
                 "first": first,
                 "parts": parts,
-                **strides("residual", self.residual),
-                **strides("bias", self.bias, "batch", "col"),
+                **numbers_of(self.bias, self.residual),
             },
             constants={
-                **self._epilogue(True),
+                **constants_of(self.bias, self.residual, self.outputs, self.activation),
                 "WIDE": self._wide(config),
                 "BLOCK_M": config.block_m,
                 "BLOCK_N": config.block_n,
@@ -150,15 +143,6 @@ class Product:
                 "COLS": cols,
             },
         )
-
-    def _epilogue(self, whole: bool) -> dict[str, object]:
-        """The constants of what follows a whole sum."""
-        return {
-            "ACTIVATION": self.activation if whole else None,
-            "HAS_BIAS": whole and self.bias is not None,
-            "HAS_RESIDUAL": whole and self.residual is not None,
-            "SAVES": whole and len(self.outputs) == 2,
-        }
 
     def _wide(self, config: MatmulConfig) -> bool:
         """Whether offsets inside a tile need 64 bits."""

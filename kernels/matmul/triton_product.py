@@ -10,11 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles.triton_activations import activate
-from ..tiles.triton_products import element, grouped, halves, indices
+from ..tiles.triton_epilogue import epilogue
+from ..tiles.triton_products import element, grouped, indices
 from ..tiles.triton_tiles import advance
-
-EPILOGUE_COLS = tl.constexpr(32)
 
 
 @triton.jit(do_not_specialize=["m", "first", "tiles", "parts"])
@@ -101,13 +99,10 @@ def _item(
     if PARTS:
         _store_part(sums, out, item)
     else:
-        if HAS_BIAS:
-            bias = advance(bias, batch, bias_batch)
-        if HAS_RESIDUAL:
-            residual = advance(advance(residual, batch, residual_batch), row, residual_row)
-        _epilogue(
+        epilogue(
             sums, bias, residual, preactivation, out, batch, row, col, m, n,
-            bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+            bias_batch, bias_col, residual_batch, residual_row, residual_col,
+            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
         )  # fmt: skip
 
 
@@ -213,52 +208,8 @@ def add_parts(
         sums += tl.load(pointers, mask=exists, other=0.0)
         pointers += BLOCK_M * BLOCK_N
 
-    if HAS_BIAS:
-        bias = advance(bias, batch, bias_batch)
-    if HAS_RESIDUAL:
-        residual = advance(advance(residual, batch, residual_batch), row, residual_row)
-    _epilogue(
+    epilogue(
         sums, bias, residual, preactivation, out, batch, row, col, m, n,
-        bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+        bias_batch, bias_col, residual_batch, residual_row, residual_col,
+        ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
     )  # fmt: skip
-
-
-@triton.jit
-def _epilogue(
-    sums, bias, residual, preactivation, out, batch, row, col, m, n, bias_col, residual_row, residual_col,
-    ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVES: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
-    """Finish and store a tile of sums whose first element is (row, col); bias and residual stand at (row, 0).
-
-    A wide tile goes by halves: residual, activation and addresses of all of it at once would not fit the registers.
-    """
-    if sums.shape[1] > EPILOGUE_COLS:
-        left, right = halves(sums)
-        _epilogue(
-            left, bias, residual, preactivation, out, batch, row, col, m, n,
-            bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
-        )  # fmt: skip
-        _epilogue(
-            right, bias, residual, preactivation, out, batch, row, col + left.shape[1], m, n,
-            bias_col, residual_row, residual_col, ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
-        )  # fmt: skip
-    else:
-        rows = indices(sums.shape[0], WIDE)
-        cols = indices(sums.shape[1], WIDE)
-        cols_exist = cols < n - col
-        exists = (rows < m - row)[:, None] & cols_exist[None, :]
-        offsets = rows[:, None] * n + cols[None, :]
-        if HAS_BIAS:
-            bias = advance(bias, col, bias_col)
-            sums += tl.load(bias + cols * bias_col, mask=cols_exist, other=0.0).to(tl.float32)[None, :]
-        if SAVES:
-            preactivation = element(preactivation, batch, row, col, m, n)
-            tl.store(preactivation + offsets, sums.to(preactivation.dtype.element_ty), mask=exists)
-        result = activate(sums, ACTIVATION)
-        if HAS_RESIDUAL:
-            residual = advance(residual, col, residual_col)
-            residual_offsets = rows[:, None] * residual_row + cols[None, :] * residual_col
-            result += tl.load(residual + residual_offsets, mask=exists, other=0.0).to(tl.float32)
-        out = element(out, batch, row, col, m, n)
-        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exists)

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.formats import FORMATS, HALF
-from ..tiles.pallas_epilogue import dz_of, finish
+from ..tiles.pallas_epilogue import finish, gradients_of
 from ..tiles.pallas_formats import as_int8, code_piece, dequantise
 from ..tiles.pallas_tiles import (
     LANES,
@@ -80,11 +80,33 @@ def forward(
     """out, and the preactivation where the spec asks for it."""
     saved = spec.dtype if spec.save_preactivation else None
     tiles = config.few if a.shape[1] <= FEW else config.forward
-    rest = {"bias": bias, "residual": residual, "activation": spec.activation}
-    if spec.a_format is not None:
-        codes, row_scales = rounded_rows(spec.a_format, target, a)
-        return product_of_codes(tiles, target, codes, row_scales, values, scales, spec.out_dtype, saved, **rest)
-    return _product(spec, tiles, target, a, (values, scales, zeros), spec.out_dtype, saved, **rest)
+    if spec.a_format is None:
+        return _product(
+            spec,
+            tiles,
+            target,
+            a,
+            (values, scales, zeros),
+            spec.out_dtype,
+            saved,
+            bias=bias,
+            residual=residual,
+            activation=spec.activation,
+        )
+    codes, row_scales = rounded_rows(spec.a_format, target, a)
+    return product_of_codes(
+        tiles,
+        target,
+        codes,
+        row_scales,
+        values,
+        scales,
+        spec.out_dtype,
+        saved,
+        bias=bias,
+        residual=residual,
+        activation=spec.activation,
+    )
 
 
 def backward(
@@ -97,14 +119,8 @@ def backward(
 ) -> tuple[jax.Array | None, ...]:
     """da, nothing for the weight's three arrays, dbias and dresidual; the last two are None where the input was."""
     a, values, scales, zeros, bias, residual = inputs
-    dout = gradients[0]
-    dz = dresidual = dout.astype(spec.dtype)
-    sums = None
-    if spec.activation is not None or bias is not None:
-        changed, sums = dz_of(spec.dtype, spec.activation, target, dout, outputs[1] if spec.activation else None)
-        dz = dz if changed is None else changed
+    dz, dbias, dresidual = gradients_of(spec.dtype, spec.activation, target, gradients[0], outputs[1], bias is not None)
     da, _ = _product(spec, config.da, target, dz, (values, scales, zeros), spec.dtype, k=a.shape[2])
-    dbias = None if bias is None or sums is None else sums.astype(spec.dtype)
     return da, None, None, None, dbias, (None if residual is None else dresidual)
 
 
@@ -127,9 +143,9 @@ def _product(
     left is [batch, m, k], or [batch, m, n] for the transpose. Blocks are cut along m, k and n, whichever of k and n is
     summed; "rows" are those of the weight's numbers, w [k, n], or [n, k] of a weight for rounded activations.
     """
-    values, scales, zeros = map(as_int8, weight)
+    values, scales, zeros = as_int8(weight[0]), as_int8(weight[1]), weight[2]
     if zeros is not None:  # in a dtype of which a block may have eight rows, as the scales' are
-        zeros = weight[2].astype(jnp.bfloat16)
+        zeros = zeros.astype(jnp.bfloat16)
     turned, transposes = spec.a_format is not None, k is not None
     batch, m, summed = left.shape
     n = values.shape[1 if turned else 2]

@@ -18,15 +18,7 @@ from ..tiles.formats import FORMATS, HALF, MX_GROUP, group_count
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
-from ..tiles.triton_epilogue import (
-    constants_of,
-    dz_launch,
-    finish_launch,
-    numbers_of,
-    operands_of,
-    sum_launch,
-    sums_of_tiles,
-)
+from ..tiles.triton_epilogue import constants_of, epilogue_gradient, finish_launch, numbers_of, operands_of
 from ..tiles.triton_products import shrink, strides, transposed, warps, wide
 from .spec import QuantizedMatmulSpec
 from .tiles import FEW, QuantizedMatmulConfig, QuantizedMatmulTiles, splits_of
@@ -89,7 +81,8 @@ def forward(
     steps = triton.cdiv(_code_rows(spec, a.shape[2]), tiles.block_k)
     splits = splits_of(config, _tile_count(tiles, shape), steps)
     read = _present(a=a, values=values, scales=scales, zeros=zeros, bias=bias, residual=residual)
-    launches, scratch = [], {}
+    launches: list[Launch] = []
+    scratch: dict[str, Array] = {}
     if spec.a_format is not None:
         rounding, scratch = _rounding_launch(spec.a_format, a)
         launches.append(rounding)
@@ -112,36 +105,13 @@ def backward(
     """Launches that write da and, where the input was there, dbias and dresidual."""
     a, values, scales, zeros, bias, residual = inputs
     preactivation, dout = outputs[1], gradients[0]
-    batch, m, n = dout.shape
-    results = {"da": contiguous(a.shape, spec.dtype)}
-    if bias is not None:
-        results["dbias"] = contiguous(bias.shape, spec.dtype)
-    if residual is not None:
-        results["dresidual"] = contiguous(residual.shape, spec.dtype)
-
-    # Without an activation dz is the gradient of the residual; where nothing is cast either, it is dout.
-    same_as_dresidual = spec.activation is None and residual is not None
-    same_as_dout = spec.activation is None and residual is None and spec.out_dtype == spec.dtype
-    dz_name = "dresidual" if same_as_dresidual else "dout" if same_as_dout else "dz"
-    dz = dout if same_as_dout else contiguous(dout.shape, spec.dtype)
-    scratch = {"dz": dz} if dz_name == "dz" else {}
-
-    launches = []
-    if bias is not None or not same_as_dout:
-        scratch["sums"] = sums_of_tiles(batch, m, n)
-        written = {
-            "dresidual": None if residual is None or same_as_dresidual else "dresidual",
-            "dz": None if same_as_dout else dz_name,
-            "sums": "sums",
-        }
-        launches.append(dz_launch(spec.activation, dout, written))
-    if bias is not None:
-        launches.append(sum_launch(batch, m, n))
-    launches.append(_da_launch(spec, config.da, (dz_name, dz), values, scales, zeros, a.shape[2]))
+    of_epilogue = epilogue_gradient(spec.dtype, spec.activation, dout, bias, residual)
+    da = _da_launch(spec, config.da, (of_epilogue.name, of_epilogue.dz), values, scales, zeros, a.shape[2])
     read = _present(values=values, scales=scales, zeros=zeros, dout=dout)
     if spec.activation is not None and preactivation is not None:
         read["preactivation"] = preactivation
-    return Plan(tuple(launches), read, results, scratch)
+    results = {"da": contiguous(a.shape, spec.dtype), **of_epilogue.outputs}
+    return Plan((*of_epilogue.launches, da), read, results, of_epilogue.scratch)
 
 
 def _rounding_launch(a_format: str, a: Array) -> tuple[Launch, dict[str, Array]]:
@@ -182,6 +152,8 @@ def _product_launch(
     groups_axis = 2 if rounded and FORMATS[spec.format].block_scales else 1
     pieces = [(a, block_m, block_k), (result, block_m, block_n)]
     pieces.append((transposed(values) if rounded else values, block_k, block_n))
+    beside = [array for array in (scales, read.get("zeros")) if array is not None]
+    pieces += [(array, block_n, 1) if groups_axis == 2 else (array, 1, block_n) for array in beside]
     if residual is not None:
         pieces.append((residual, block_m, block_n))
     numbers = {
@@ -251,6 +223,7 @@ def _da_launch(
     code_rows = values.shape[1]
     tile_count = batch * triton.cdiv(m, block_m) * triton.cdiv(code_rows, block_k)
     pieces = [(dz[1], block_m, block_n), (values, block_k, block_n), (contiguous((1, m, 2 * k), ""), block_m, block_k)]
+    pieces += [(array, 1, block_n) for array in (scales, zeros) if array is not None]
     return Launch(
         product_with_transpose,
         (tile_count,),

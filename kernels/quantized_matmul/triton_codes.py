@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles.triton_epilogue import epilogue, store_sums
+from ..tiles.triton_epilogue import epilogue
 from ..tiles.triton_formats import GROUP, block_scale, codes_of, is_packed, row_scale, scale_of
-from ..tiles.triton_products import element, grouped, indices
+from ..tiles.triton_products import element, grouped, indices, store
 from ..tiles.triton_tiles import advance
 
 
@@ -132,7 +132,7 @@ def product_of_codes(
         sums = sums.to(tl.float32) * row_scales[:, None] * scale.to(tl.float32)[None, :]
 
     if SPLITS > 1:
-        store_sums(sums, out, split * batches + batch, row, col, m, n, WIDE)
+        store(sums, out, split * batches + batch, row, col, m, n, m, WIDE)
     else:
         epilogue(
             sums, bias, residual, preactivation, out, batch, row, col, m, n,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles.triton_epilogue import epilogue, store_sums
+from ..tiles.triton_epilogue import epilogue
 from ..tiles.triton_formats import (
     ROWS_APART,
     as_bytes,
@@ -19,7 +19,7 @@ from ..tiles.triton_formats import (
     scale_of,
     scaled,
 )
-from ..tiles.triton_products import element, grouped, indices
+from ..tiles.triton_products import element, grouped, indices, store
 from ..tiles.triton_tiles import advance
 
 
@@ -94,7 +94,7 @@ def product(
     if not GROUP_SIZE:  # one scale a column: after the sum, where it rounds no weight
         sums *= tl.load(scales, mask=cols_exist, other=0.0).to(tl.float32)[None, :]
     if SPLITS > 1:
-        store_sums(sums, out, split * batches + batch, row, col, m, n, WIDE)
+        store(sums, out, split * batches + batch, row, col, m, n, m, WIDE)
     else:
         epilogue(
             sums, bias, residual, preactivation, out, batch, row, col, m, n,

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from .pallas_activations import activate, derivative
-from .pallas_tiles import call_params, elementwise_piece, in_pieces
+from .pallas_tiles import LANES, call_params, elementwise_piece, few_registers, in_pieces
 from .targets import Target
 
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 512, 512  # the tile of the kernel that only reads, scales and sums
@@ -38,7 +38,25 @@ def finish(
     out_ref[rows, cols] = out.astype(out_ref.dtype)
 
 
-def dz_of(
+def gradients_of(
+    dtype: str, activation: str | None, target: Target, dout: jax.Array, preactivation: jax.Array | None, bias: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """dz, the gradient of `sums + bias`, dbias [batch, n] if there is a bias, and dresidual."""
+    dresidual = dout.astype(dtype)
+    if activation is None and not bias:
+        return dresidual, None, dresidual
+    dz, sums = _dz(dtype, activation, target, dout, None if activation is None else preactivation)
+    return (dresidual if dz is None else dz), (sums.astype(dtype) if bias else None), dresidual
+
+
+def piece_of(shape: tuple[int, ...], target: Target) -> tuple[int, int]:
+    """The piece of a loop over tiles of [batch, m, n]: smaller where registers are few and the last ones are masked."""
+    rows, columns = elementwise_piece(target)
+    masked = shape[1] % rows or shape[2] % LANES
+    return (rows // 2 if masked and few_registers(target) else rows), columns
+
+
+def _dz(
     dtype: str, activation: str | None, target: Target, dout: jax.Array, preactivation: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array]:
     """`dz = dout * activation'(preactivation)` [batch, m, n], and its sums along m, float32 [batch, n].
@@ -53,7 +71,7 @@ def dz_of(
     tile = pl.BlockSpec((None, block_m, block_n), lambda b, j, i: (b, i, j))
     optional = None if struct is None else tile
     sums, dz = pl.pallas_call(
-        partial(_dz_kernel, activation=activation, m=m, piece=elementwise_piece(target)),
+        partial(_dz_kernel, activation=activation, m=m, piece=piece_of(dout.shape, target)),
         grid=(batch, pl.cdiv(n, block_n), pl.cdiv(m, block_m)),
         in_specs=[tile, optional],
         out_specs=[pl.BlockSpec((None, 1, block_n), lambda b, j, i: (b, 0, j)), optional],

@@ -20,9 +20,9 @@ from .targets import Target
 ROWS = 32  # of bytes, which fill a register's sublanes; codes are turned into numbers so many rows at a time
 
 
-def as_int8(array: jax.Array | None) -> jax.Array | None:
+def as_int8(array: jax.Array) -> jax.Array:
     """Packed codes and e8m0 scales as signed bytes; other arrays as they are."""
-    if array is None or array.dtype != jnp.uint8:
+    if array.dtype != jnp.uint8:
         return array
     return lax.bitcast_convert_type(array, jnp.int8)
 

@@ -6,16 +6,17 @@ Arrays are those of matmul: out and preactivation contiguous `[batch, m, n]`, bi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from .launch import Array, Launch, contiguous
 from .triton_activations import activate, derivative
-from .triton_products import element, halves, indices, shrink, strides, wide
+from .triton_products import EPILOGUE_COLS, element, halves, indices, shrink, strides, wide
 from .triton_tiles import advance
 
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 64, 128  # the tile of the kernels that only read, scale and sum
-EPILOGUE_COLS = tl.constexpr(32)
 
 
 @triton.jit
@@ -60,21 +61,6 @@ def epilogue(
             result += tl.load(residual + residual_offsets, mask=exists, other=0.0).to(tl.float32)
         out = element(out, batch, row, col, m, n)
         tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exists)
-
-
-@triton.jit
-def store_sums(sums, partial, plane, row, col, m, n, WIDE: tl.constexpr):
-    """Store a tile of sums into its plane of a contiguous float32 [planes, m, n], part by part."""
-    if sums.shape[1] > EPILOGUE_COLS:
-        left, right = halves(sums)
-        store_sums(left, partial, plane, row, col, m, n, WIDE)
-        store_sums(right, partial, plane, row, col + left.shape[1], m, n, WIDE)
-    else:
-        rows = indices(sums.shape[0], WIDE)
-        cols = indices(sums.shape[1], WIDE)
-        exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
-        pointers = element(partial, plane, row, col, m, n) + (rows[:, None] * n + cols[None, :])
-        tl.store(pointers, sums.to(partial.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -214,10 +200,56 @@ def constants_of(
     }
 
 
-def dz_launch(activation: str | None, dout: Array, written: dict[str, str | None]) -> Launch:
+@dataclass(frozen=True)
+class Gradient:
+    """How a backward comes by dz, the gradient of `sums + bias`, and by those of bias and residual.
+
+    Attributes:
+        name, dz: of the array that is dz: of one of its own, or of dresidual or dout, where they are the same.
+        launches: what writes it, dbias and dresidual.
+        outputs: dbias and dresidual, if the input was there.
+        scratch: the arrays between the launches.
+    """
+
+    name: str
+    dz: Array
+    launches: tuple[Launch, ...]
+    outputs: dict[str, Array]
+    scratch: dict[str, Array]
+
+
+def epilogue_gradient(
+    dtype: str, activation: str | None, dout: Array, bias: Array | None, residual: Array | None
+) -> Gradient:
+    """One launch that reads dout, and the preactivation of an activation, and one that adds the sums for dbias."""
+    outputs = {} if bias is None else {"dbias": contiguous(bias.shape, dtype)}
+    if residual is not None:
+        outputs["dresidual"] = contiguous(residual.shape, dtype)
+    # Without an activation dz is the gradient of the residual; where nothing is cast either, it is dout.
+    same_as_dresidual = activation is None and residual is not None
+    same_as_dout = activation is None and residual is None and dout.dtype == dtype
+    if same_as_dout and bias is None:
+        return Gradient("dout", dout, (), {}, {})
+    name = "dresidual" if same_as_dresidual else "dout" if same_as_dout else "dz"
+    dz = dout if same_as_dout else contiguous(dout.shape, dtype)
+    sums = contiguous((dout.shape[0], triton.cdiv(dout.shape[1], _dz_tile(dout)[0]), dout.shape[2]), "float32")
+    written = {
+        "dresidual": None if residual is None or same_as_dresidual else "dresidual",
+        "dz": None if same_as_dout else name,
+        "sums": "sums",
+    }
+    launches = (_dz_launch(activation, dout, written), *(() if bias is None else (_sum_launch(sums),)))
+    return Gradient(name, dz, launches, outputs, {"sums": sums} | ({"dz": dz} if name == "dz" else {}))
+
+
+def _dz_tile(dout: Array) -> tuple[int, int]:
+    _, m, n = dout.shape
+    return shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
+
+
+def _dz_launch(activation: str | None, dout: Array, written: dict[str, str | None]) -> Launch:
     """The launch that reads dout once and writes those of dresidual, dz and the sums of columns that have a name."""
-    batch, m, n = dout.shape
-    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
+    (batch, m, n), (block_m, block_n) = dout.shape, _dz_tile(dout)
     outputs = tuple(name for name in written.values() if name)
     return Launch(
         _dz,
@@ -237,9 +269,9 @@ def dz_launch(activation: str | None, dout: Array, written: dict[str, str | None
     )
 
 
-def sum_launch(batch: int, m: int, n: int) -> Launch:
-    """The launch that adds the sums of columns that `dz_launch` wrote, [batch, tiles, n], into dbias."""
-    tiles = sums_of_tiles(batch, m, n).shape[1]
+def _sum_launch(sums: Array) -> Launch:
+    """The launch that adds the sums of columns [batch, tiles, n] into dbias."""
+    batch, tiles, n = sums.shape
     block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, tiles), shrink("cols", ELEMENTWISE_COLS // 2, n)
     return Launch(
         _sum_tiles,
@@ -249,8 +281,3 @@ def sum_launch(batch: int, m: int, n: int) -> Launch:
         numbers={"tiles": tiles, "n": n},
         constants={"BLOCK_M": block_m, "BLOCK_N": block_n},
     )
-
-
-def sums_of_tiles(batch: int, m: int, n: int) -> Array:
-    """The sums of columns that `dz_launch` writes."""
-    return contiguous((batch, triton.cdiv(m, shrink("rows", ELEMENTWISE_ROWS, m)), n), "float32")

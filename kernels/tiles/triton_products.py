@@ -8,6 +8,8 @@ import triton.language as tl
 from .launch import Array
 from .triton_tiles import needs_wide_offsets
 
+EPILOGUE_COLS = tl.constexpr(32)  # of a wide tile are finished and stored at a time, for the sake of the registers
+
 # Tiles
 
 
@@ -40,6 +42,21 @@ def halves(tile):
     """The left and the right half of a tile's columns: what is done to a whole wide tile does not fit the registers."""
     pairs = tl.reshape(tile, [tile.shape[0], 2, tile.shape[1] // 2])
     return tl.split(tl.permute(pairs, [0, 2, 1]))
+
+
+@triton.jit
+def store(tile, out, batch, row, col, rows_total, n, end, WIDE: tl.constexpr):
+    """Store what lies before row `end` of a tile whose first element is (row, col) of a contiguous [batch, rows, n]."""
+    if tile.shape[1] > EPILOGUE_COLS:
+        left, right = halves(tile)
+        store(left, out, batch, row, col, rows_total, n, end, WIDE)
+        store(right, out, batch, row, col + left.shape[1], rows_total, n, end, WIDE)
+    else:
+        rows = indices(tile.shape[0], WIDE)
+        cols = indices(tile.shape[1], WIDE)
+        exists = (rows < end - row)[:, None] & (cols < n - col)[None, :]
+        pointers = element(out, batch, row, col, rows_total, n) + (rows[:, None] * n + cols[None, :])
+        tl.store(pointers, tile.to(out.dtype.element_ty), mask=exists)
 
 
 # Launches

@@ -5,6 +5,8 @@ The interpreter fills what lies outside an array, and scratch before it is writt
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from matmul_problems import OPERANDS, Problem
 from oracles import assert_within
+from sweeps import swept
 
 from crosstile.kernels.matmul import pallas as kernels
 from crosstile.kernels.matmul.spec import ACTIVATIONS, PRECISIONS, MatmulSpec
@@ -36,17 +39,27 @@ def native(problem: Problem) -> dict:
     return {**arrays, "dout": arrays["dout"].astype(problem.spec.out_dtype)}
 
 
+def quickly_jitted(function):
+    """Most of a test's time is XLA's, and these arrays are small."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def check(problem: Problem, config: MatmulConfig | None = None) -> None:
-    ours = jax.jit(lambda arrays: forward_and_backward(problem, arrays, config))(native(problem))
+    ours = quickly_jitted(lambda arrays: forward_and_backward(problem, arrays, config))(native(problem))
     assert ours["out"].dtype == problem.spec.out_dtype
     assert {result.dtype.name for name, result in ours.items() if name != "out"} == {problem.dtype}
     assert_within(ours, problem.answers(problem.dtype), problem.answers(), problem.dtype)
 
 
-@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, True)], ids=["", "bias and residual"])
-def test_epilogues(activation, bias, residual):
-    check(Problem(activation=activation, bias=bias, residual=residual, dtype="bfloat16" if bias else "float32"))
+@pytest.mark.parametrize(
+    ("bias", "activation"),
+    swept(
+        itertools.product((False, True), (None, *ACTIVATIONS)),
+        lambda case: case[1] not in (None, "gelu") and not case[0],
+    ),
+)
+def test_epilogues(activation, bias):
+    check(Problem(activation=activation, bias=bias, residual=bias, dtype="bfloat16" if bias else "float32"))
 
 
 @pytest.mark.parametrize(("bias", "residual"), [(True, False), (False, True)], ids=["bias", "residual"])
@@ -126,7 +139,7 @@ def test_float32_result_of_narrow_inputs():
 
 def test_two_runs_are_bit_equal():
     problem = Problem(activation="gelu", bias=True, residual=True)
-    run = jax.jit(lambda arrays: forward_and_backward(problem, arrays))
+    run = quickly_jitted(lambda arrays: forward_and_backward(problem, arrays))
     first, second = (run(native(problem)) for _ in range(2))
     for name, result in first.items():
         np.testing.assert_array_equal(result, second[name], err_msg=name)
@@ -139,8 +152,8 @@ def test_under_vmap():
     def one(arrays: dict) -> dict:
         return forward_and_backward(problem, {name: array[None] for name, array in arrays.items()})
 
-    mapped = jax.jit(jax.vmap(one))(arrays)
-    for name, result in jax.jit(lambda arrays: forward_and_backward(problem, arrays))(arrays).items():
+    mapped = quickly_jitted(jax.vmap(one))(arrays)
+    for name, result in quickly_jitted(lambda arrays: forward_and_backward(problem, arrays))(arrays).items():
         np.testing.assert_array_equal(mapped[name][:, 0], result, err_msg=name)
 
 

@@ -67,12 +67,12 @@ _WEIGHTS = {
     "sm_100": QuantizedMatmulConfig(
         _T(128, 128, 64, num_warps=8, num_stages=3), _T(64, 64, 128, num_stages=4), _T(128, 64, 64)
     ),
-    "gfx942": QuantizedMatmulConfig(_T(128, 128, 64, num_warps=8), _T(64, 64, 128), _T(128, 64, 64, num_warps=8)),
-    "gfx950": QuantizedMatmulConfig(_T(128, 128, 64, num_warps=8), _T(64, 64, 128), _T(128, 32, 64, num_warps=8)),
+    "gfx942": QuantizedMatmulConfig(_T(128, 128, 64, num_warps=8), _T(64, 64, 64), _T(128, 64, 64, num_warps=8)),
+    "gfx950": QuantizedMatmulConfig(_T(128, 128, 64, num_warps=8), _T(64, 64, 64), _T(128, 32, 64, num_warps=8)),
     "v4": QuantizedMatmulConfig(_T(512, 512, 512), _T(64, 512, 512), _T(512, 512, 512)),  # 16 MiB of VMEM
     "v5e": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 1024, 1024), _T(1024, 512, 512)),
     "v5p": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 1024, 1024), _T(1024, 512, 512)),
-    "v6e": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 1024, 1024), _T(1024, 512, 512)),
+    "v6e": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 2048, 512), _T(1024, 512, 512)),
     "v7x": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 1024, 1024), _T(1024, 512, 512)),
 }
 _PACKED_ON_SM_80 = _T(64, 128, 32, num_stages=3)  # two tiles of numbers at a time beside mma's operands

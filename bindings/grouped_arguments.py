@@ -8,37 +8,80 @@ from crosstile import dispatch
 from crosstile.arguments import check_rank, common_dtype, dtype_name, show
 from crosstile.kernels.grouped_matmul.spec import ACTIVATIONS, GroupedMatmulSpec
 from crosstile.kernels.tiles.errors import UnsupportedError
+from crosstile.quantization import Quantized
+from crosstile.quantized_arguments import check_stored
 
 
 def prepare_grouped_matmul(lhs: Any, rhs: Any, group_sizes: Any) -> tuple[GroupedMatmulSpec, tuple[Any, ...]]:
     """The spec and the arrays of a call, in the order of the op's inputs."""
-    _refuse_quantized(rhs=rhs)
-    dtype = common_dtype(("lhs", "rhs"), (lhs, rhs))
+    if isinstance(rhs, Quantized):
+        dtype = _checked_quantized("lhs", lhs, rhs=rhs)
+        spec = GroupedMatmulSpec(dtype, format=rhs.format, group_size=rhs.group_size or 0)
+    else:
+        spec = GroupedMatmulSpec(common_dtype(("lhs", "rhs"), (lhs, rhs)))
     _check_rows("lhs", lhs, "rhs", rhs)
-    return GroupedMatmulSpec(dtype), (lhs, rhs, None, _checked_sizes("lhs", lhs, "rhs", rhs, group_sizes))
+    sizes = _checked_sizes("lhs", lhs, "rhs", rhs, group_sizes)
+    return spec, (lhs, _values(rhs), None, sizes, *_scales_and_zeros(rhs), None, None)
 
 
 def prepare_grouped_glu_matmul(
     x: Any, w_gate: Any, w_up: Any, group_sizes: Any, *, activation: str = "silu"
 ) -> tuple[GroupedMatmulSpec, tuple[Any, ...]]:
     """The spec and the arrays of a call, in the order of the op's inputs."""
-    _refuse_quantized(w_gate=w_gate, w_up=w_up)
-    dtype = common_dtype(("x", "w_gate", "w_up"), (x, w_gate, w_up))
+    if isinstance(w_gate, Quantized) or isinstance(w_up, Quantized):
+        dtype = _checked_quantized("x", x, w_gate=w_gate, w_up=w_up)
+        spec = GroupedMatmulSpec(dtype, activation, format=w_gate.format, group_size=w_gate.group_size or 0)
+    else:
+        spec = GroupedMatmulSpec(common_dtype(("x", "w_gate", "w_up"), (x, w_gate, w_up)), activation)
     _check_rows("x", x, "w_gate", w_gate)
     if tuple(w_up.shape) != tuple(w_gate.shape):
         raise ValueError(f"w_up: got {show(w_up.shape)}; it must have the shape of w_gate, {show(w_gate.shape)}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
     sizes = _checked_sizes("x", x, "w_gate", w_gate, group_sizes)
-    return GroupedMatmulSpec(dtype, activation), (x, w_gate, w_up, sizes)
+    codes = _values(w_gate), _values(w_up)
+    return spec, (x, *codes, sizes, *_scales_and_zeros(w_gate), *_scales_and_zeros(w_up))
 
 
-def _refuse_quantized(**weights: Any) -> None:
+def _checked_quantized(left: str, rows: Any, **weights: Any) -> str:
+    """The dtype of a call whose weights are quantised, all of them alike."""
+    dtype = common_dtype((left,), (rows,))
+    (first, like), *_ = weights.items()
     for name, weight in weights.items():
-        if hasattr(weight, "dequantize") and not hasattr(weight, "__array__"):
-            raise UnsupportedError(
-                f"{name}: got a Quantized; the kernels of groups take arrays: pass {name}.dequantize()"
+        if not isinstance(weight, Quantized):
+            other = next(name for name, weight in weights.items() if isinstance(weight, Quantized))
+            raise TypeError(
+                f"{name}: got {type(weight).__name__} where {other} is a Quantized; both must be, or neither"
             )
+        if weight.activations is not None:
+            raise UnsupportedError(
+                f"{name}: got a Quantized for activations={weight.activations!r}; the kernels of groups multiply rows "
+                "as they are: quantise without activations"
+            )
+        if _how(weight) != _how(like):
+            raise ValueError(f"{name}: got {_show(weight)}; it must be quantised as {first} is, {_show(like)}")
+        arrays = {f"{name}.{part}": getattr(weight, part) for part in ("values", "scales", "zeros")}
+        dispatch.framework_of((left, *arrays), (rows, *arrays.values()))
+        check_rank(name, weight.shape, 3, "[groups, k, n]")
+        check_stored(weight, name)
+    return dtype
+
+
+def _how(weight: Any) -> tuple[Any, ...]:
+    return weight.format, weight.group_size, weight.zeros is not None
+
+
+def _show(weight: Any) -> str:
+    grouped = "by columns" if weight.group_size is None else f"in groups of {weight.group_size}"
+    return f"{weight.format} {grouped}" + (" with zero points" if weight.zeros is not None else "")
+
+
+def _values(weight: Any) -> Any:
+    return weight.values if isinstance(weight, Quantized) else weight
+
+
+def _scales_and_zeros(weight: Any) -> tuple[Any, Any]:
+    return (weight.scales, weight.zeros) if isinstance(weight, Quantized) else (None, None)
 
 
 def _check_rows(left: str, rows: Any, right: str, weight: Any) -> None:

@@ -297,15 +297,17 @@ def grouped_matmul(
 
     Args:
         lhs: `[tokens, k]`, float32, float16 or bfloat16, any strides.
-        rhs: `[groups, k, n]`, lhs' dtype, any strides: weights `[groups, n, k]` come as `weights.swapaxes(1, 2)`.
+        rhs: `[groups, k, n]`, lhs' dtype, any strides: weights `[groups, n, k]` come as `weights.swapaxes(1, 2)`. Or
+            what `crosstile.quantize` made of it, without activations.
         group_sizes: int `[groups]`, none negative, some may be 0; their sum is at most tokens. (Of NumPy's arrays that
             is checked. Elsewhere a negative size counts as 0, and rows that lhs does not have are left out.)
         implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.
         config: a `GroupedMatmulConfig`, the tiles of this call.
 
     Returns:
-        `[tokens, n]` of lhs' dtype, summed in float32; differentiable in lhs and rhs. The rows past the sum of the
-        sizes are 0, and so are their gradients, whatever these rows hold; the gradient of an empty group's matrix is 0.
+        `[tokens, n]` of lhs' dtype, summed in float32; differentiable in lhs and rhs, of which a quantised one is
+        frozen. The rows past the sum of the sizes are 0, and so are their gradients, whatever these rows hold; the
+        gradient of an empty group's matrix is 0.
 
     Raises:
         TypeError: arrays of two frameworks or two dtypes, or of a dtype that cannot be.
@@ -337,8 +339,8 @@ def grouped_glu_matmul(
 
     Args:
         x: `[tokens, k]`, float32, float16 or bfloat16, any strides; its rows in groups as `grouped_matmul` has them.
-        w_gate: `[groups, k, n]`, x's dtype, any strides.
-        w_up: `[groups, k, n]`, the same.
+        w_gate: `[groups, k, n]`, x's dtype, any strides; or what `crosstile.quantize` made of it, without activations.
+        w_up: `[groups, k, n]`, the same, quantised alike.
         group_sizes: int `[groups]`, as for `grouped_matmul`.
         activation: "relu", "gelu" (exact), "gelu_tanh" or "silu", computed in float32.
         implementation: "numpy", "triton", "pallas", "library" or None, the choice by device.

@@ -222,9 +222,9 @@ def moe(
     Args:
         x: `[..., hidden]`, float32, float16 or bfloat16.
         router: `[hidden, groups]`, x's dtype.
-        w_gate: `[groups, hidden, n]`, x's dtype.
-        w_up: `[groups, hidden, n]`, x's dtype.
-        w_down: `[groups, n, hidden]`, x's dtype.
+        w_gate: `[groups, hidden, n]`, x's dtype; or what `crosstile.quantize` made of it, as of the next two.
+        w_up: `[groups, hidden, n]`, the same.
+        w_down: `[groups, n, hidden]`, the same.
         top_k: how many experts take a token.
         activation: of the gate, as for `grouped_glu_matmul`.
         score: as for `route`, which says how models set these four.

@@ -2,21 +2,44 @@
 
 JAX has `ragged_dot`. torch's `grouped_mm` takes rows of whole 16 bytes only, and leaves the rows past the sum as they
 were: here the groups are cut into blocks of as many rows as a group has on average, padded, and multiplied by `bmm`.
-Every size is known from the shapes, so that nothing waits for the numbers in group_sizes.
+Every size is known from the shapes, so that nothing waits for the numbers in group_sizes. Quantised matrices are
+dequantised, whole, to lhs' dtype.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+from ..tiles.formats import FORMATS, cast, weights
 from .spec import GroupedMatmulSpec
 
 
-def forward(spec: GroupedMatmulSpec, lhs: Any, rhs: Any, rhs_up: Any, group_sizes: Any) -> tuple[Any, None]:
+def forward(
+    spec: GroupedMatmulSpec,
+    lhs: Any,
+    rhs: Any,
+    rhs_up: Any,
+    group_sizes: Any,
+    rhs_scales: Any = None,
+    rhs_zeros: Any = None,
+    rhs_up_scales: Any = None,
+    rhs_up_zeros: Any = None,
+) -> tuple[Any, None]:
     """out, and None in the place of the preactivations; the arrays have no batch."""
-    if type(lhs).__module__.startswith("torch") or not hasattr(lhs, "aval"):
-        return _torch(spec, lhs, rhs, rhs_up, group_sizes), None
-    return _jax(spec, lhs, rhs, rhs_up, group_sizes), None
+    in_torch = type(lhs).__module__.startswith("torch") or not hasattr(lhs, "aval")
+    if spec.format is not None:
+        rhs = _dequantised(spec, in_torch, lhs, (rhs, rhs_scales, rhs_zeros))
+        if rhs_up is not None:
+            rhs_up = _dequantised(spec, in_torch, lhs, (rhs_up, rhs_up_scales, rhs_up_zeros))
+    return (_torch if in_torch else _jax)(spec, lhs, rhs, rhs_up, group_sizes), None
+
+
+def _dequantised(spec: GroupedMatmulSpec, in_torch: bool, lhs: Any, weight: tuple[Any, Any, Any]) -> Any:
+    xp: Any = sys.modules["torch" if in_torch else "jax.numpy"]
+    assert spec.format is not None
+    wide = "float64" if spec.dtype == "float64" else "float32"
+    return cast(weights(xp, weight, FORMATS[spec.format], spec.group_size, lhs.shape[1], False, wide), spec.dtype)
 
 
 def _torch(spec: GroupedMatmulSpec, lhs: Any, rhs: Any, rhs_up: Any, group_sizes: Any) -> Any:
@@ -25,8 +48,8 @@ def _torch(spec: GroupedMatmulSpec, lhs: Any, rhs: Any, rhs_up: Any, group_sizes
 
     tokens, groups = lhs.shape[0], rhs.shape[0]
     if groups == 0:  # nobody has a row: a sum of nothing, which all inputs take part in
-        product = lhs[:, :0] @ rhs.reshape(0, rhs.shape[2])
-        return product if rhs_up is None else product + lhs[:, :0] @ rhs_up.reshape(0, rhs.shape[2])
+        nothing = lhs[:, :0] @ rhs.reshape(0, rhs.shape[2])
+        return nothing if rhs_up is None else nothing + lhs[:, :0] @ rhs_up.reshape(0, rhs.shape[2])
     block = torch.sym_max(1, (tokens + groups - 1) // groups)
     slots = (tokens + (block - 1) * torch.sym_min(groups, tokens)) // block  # enough, however the rows are shared out
     sizes = group_sizes.clamp(min=0).long()

@@ -25,7 +25,8 @@ def add_product(
 ) -> None:
     """Add a product over the first `length` of k to the sums, or begin them; float32 operands come in parts.
 
-    The products of the lower parts have sums of their own: those of an infinity are NaN, and do not count.
+    The products of the lower parts have sums of their own: those of an infinity are NaN, and do not count. Numbers that
+    bfloat16 has are one part.
     """
     sums_ref, low_ref = totals
 
@@ -45,7 +46,8 @@ def add_product(
         )  # fmt: skip
 
     add_all(sums_ref, (0, 0), begins)
-    for index, pair in enumerate(LOW_PRODUCTS if low_ref is not None else ()):
+    pairs = [pair for pair in LOW_PRODUCTS if pair[1] < len(rights)] if low_ref is not None else []
+    for index, pair in enumerate(pairs):
         add_all(low_ref, pair, begins & (index == 0))
 
 

@@ -7,6 +7,10 @@ and have zero gradients, and what they hold, NaN too, reaches nothing.
 
 With an activation the op is `activation(lhs @ rhs) * (lhs @ rhs_up)`, by groups. A forward whose backward will follow
 then keeps both products, preactivations `[batch, 2, tokens, n]`.
+
+With a format the matrices are quantised, and frozen (`kernels/tiles/formats.py` says what codes and scales are): rhs
+and rhs_up are codes `[batch, groups, k, n]`, or `[batch, groups, 128 * ceil(k / 256), n]` of two codes a byte, each
+with scales `[batch, groups, scale groups, n]`, and zeros the same or None.
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-INPUTS = ("lhs", "rhs", "rhs_up", "group_sizes")
+INPUTS = (
+    "lhs", "rhs", "rhs_up", "group_sizes", "rhs_scales", "rhs_zeros", "rhs_up_scales", "rhs_up_zeros",
+)  # fmt: skip
 OUTPUTS = ("out", "preactivations")
 FACTS = ("dtype",)
-OPTIONAL = ("rhs_up",)
+OPTIONAL = ("rhs_up", "rhs_scales", "rhs_zeros", "rhs_up_scales", "rhs_up_zeros")
 WITHOUT_BATCH = ()  # every input leads with the batch
 ACTIVATIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
@@ -28,14 +34,19 @@ class GroupedMatmulSpec:
     """Facts of the arrays that a kernel is built for, then the options of the call.
 
     Attributes:
-        dtype: of every array: "float32", "float16" or "bfloat16" (NumPy also "float64"); sums are float32.
+        dtype: of every array but codes and scales: "float32", "float16" or "bfloat16" (NumPy also "float64"); sums are
+            float32.
         activation: None for the product alone; with rhs_up one of `ACTIVATIONS`, applied to `lhs @ rhs` in float32.
         save_preactivations: also write `lhs @ rhs` and `lhs @ rhs_up` in `dtype`, which the backward of a gate reads.
+        format: None, or that of quantised matrices: a name in `FORMATS` of `kernels/tiles/formats.py`.
+        group_size: how many of k share a scale there; 0 means all.
     """
 
     dtype: str
     activation: str | None = None
     save_preactivations: bool = False
+    format: str | None = None
+    group_size: int = 0
 
 
 SPEC = GroupedMatmulSpec
@@ -43,7 +54,7 @@ SPEC = GroupedMatmulSpec
 
 def differentiable(spec: GroupedMatmulSpec) -> tuple[str, ...]:
     """The inputs that have a gradient."""
-    return ("lhs", "rhs", "rhs_up")
+    return ("lhs", "rhs", "rhs_up") if spec.format is None else ("lhs",)
 
 
 def facts(dtype: str, *inputs: Any) -> dict[str, Any]:
@@ -56,7 +67,7 @@ def saving(spec: GroupedMatmulSpec) -> GroupedMatmulSpec:
     return replace(spec, save_preactivations=spec.activation is not None)
 
 
-def output_shapes(spec: GroupedMatmulSpec, lhs: Any, rhs: Any, rhs_up: Any, group_sizes: Any) -> Sequence[Any]:
+def output_shapes(spec: GroupedMatmulSpec, lhs: Any, rhs: Any, *others: Any) -> Sequence[Any]:
     """(shape, dtype) of out, and of the preactivations or None."""
     batch, tokens, n = lhs.shape[0], lhs.shape[1], rhs.shape[3]
     kept = ((batch, 2, tokens, n), spec.dtype) if spec.save_preactivations else None

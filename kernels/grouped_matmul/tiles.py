@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..tiles.formats import FORMATS
 from ..tiles.targets import Target
 from .spec import GroupedMatmulSpec
 
@@ -30,6 +31,10 @@ class GroupedMatmulConfig:
 
     The rows of a group are m in forward and dlhs, and k in drhs. With a gate forward and drhs sum two products of the
     same left operand, in two tiles of float32 sums; dlhs sums two products in one.
+
+    Quantised matrices have no drhs, and in their dlhs block_k counts columns of the result, and block_n is what a step
+    sums: a block of the matrix is [block_k, block_n] both ways. On GPUs block_k then counts rows of codes, of which two
+    codes a byte are two of k each, and a step stays within a group of k that has one scale, whatever block_k.
     """
 
     forward: GroupedMatmulTiles
@@ -50,6 +55,12 @@ def _config(
     """For the product alone (False) and with the gate (True), of the tiles of one sum and of two."""
     alone, gated = drhs_one or one, drhs_two or two
     return {False: GroupedMatmulConfig(one, one, alone), True: GroupedMatmulConfig(two, one, gated)}
+
+
+def _quantized(
+    one: GroupedMatmulTiles, two: GroupedMatmulTiles, dlhs: GroupedMatmulTiles
+) -> dict[bool, GroupedMatmulConfig]:
+    return {False: GroupedMatmulConfig(one, dlhs, one), True: GroupedMatmulConfig(two, dlhs, two)}
 
 
 # Two tiles of sums take the place of one: they are half as wide, and what is read for them is as much. A group's last
@@ -73,6 +84,28 @@ _FLOAT32 = {
     "tpu": _config(_T(512, 512, 256), _T(512, 512, 256)),
 }
 _FLOAT32_V4 = _config(_T(512, 512, 256), _T(512, 256, 256))
+# A tile of codes is turned into numbers once for all rows of a tile; sums, numbers and codes share the registers.
+_QUANTIZED = {
+    "sm_80": _quantized(_T(128, 128, 64), _T(128, 64, 64), _T(128, 64, 32, num_warps=4)),
+    "sm_90": _quantized(_T(128, 128, 64), _T(128, 64, 64), _T(128, 64, 64)),
+    "sm_100": _quantized(_T(128, 128, 64), _T(128, 64, 64), _T(128, 64, 64, num_warps=4)),
+    "gfx942": _quantized(
+        _T(128, 128, 64, num_stages=2), _T(128, 64, 64, num_warps=4, num_stages=2), _T(128, 32, 32, num_stages=2)
+    ),
+    "gfx950": _quantized(_T(128, 128, 64, num_stages=2), _T(128, 64, 64, num_stages=2), _T(128, 32, 32, num_stages=2)),
+    "v4": _quantized(_T(512, 512, 1024), _T(512, 256, 1024), _T(512, 512, 512)),  # 16 MiB of VMEM
+    **dict.fromkeys(
+        ("v5e", "v5p", "v6e", "v7x"), _quantized(_T(512, 1024, 2048), _T(512, 512, 2048), _T(512, 1024, 1024))
+    ),
+}
+_PACKED_ON_SM_80 = _quantized(  # two tiles of numbers at a time
+    _T(64, 128, 32, num_warps=4), _T(64, 32, 32, num_warps=4), _T(64, 64, 32, num_warps=4)
+)
+_QUANTIZED_FLOAT32 = {
+    "cuda": _quantized(_T(64, 64, 16), _T(64, 64, 16), _T(64, 32, 32)),
+    "rocm": _quantized(_T(64, 64, 16), _T(64, 64, 16), _T(64, 32, 32)),
+    "tpu": _quantized(_T(512, 512, 512), _T(256, 256, 512), _T(512, 256, 256)),
+}
 _INTERPRET = _config(*[_T(16, 32, 32, num_warps=4)] * 2)  # several tiles even in a small test
 
 
@@ -84,8 +117,18 @@ def choose_config(spec: GroupedMatmulSpec, target: Target) -> GroupedMatmulConfi
     """
     if target.interpreted:
         tiles = _INTERPRET
+    elif spec.format is not None:
+        tiles = _for_format(spec, target)
     elif spec.dtype == "float32":
         tiles = _FLOAT32_V4 if target.name == "v4" else _FLOAT32[target.platform]
     else:
         tiles = _NARROW[target.name]
     return tiles[spec.activation is not None]
+
+
+def _for_format(spec: GroupedMatmulSpec, target: Target) -> dict[bool, GroupedMatmulConfig]:
+    if spec.dtype == "float32":
+        return _QUANTIZED_FLOAT32[target.platform]
+    if target.name == "sm_80" and FORMATS[spec.format or ""].packed:
+        return _PACKED_ON_SM_80
+    return _QUANTIZED[target.name]

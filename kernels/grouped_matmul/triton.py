@@ -2,23 +2,30 @@
 
 A product is one kernel over a list of tiles that another makes from the sizes of the groups, on the device. With the
 matrices turned round by their strides it is dlhs too. drhs sums over the rows of each group. Of a gate dz, the
-gradients of both products, come first, from one elementwise kernel.
+gradients of both products, come first, from one elementwise kernel. Quantised matrices have kernels of their own, and
+no gradient.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from ..tiles.formats import FORMATS
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_activations import activate, derivative
 from ..tiles.triton_products import element, indices, shrink, strides
 from ..tiles.triton_tiles import advance
-from .spec import GroupedMatmulSpec
+from .spec import INPUTS, GroupedMatmulSpec
 from .tiles import GroupedMatmulConfig
 from .triton_drhs import drhs_launches
+from .triton_quantized import dlhs_launch, product_launch
 from .triton_rows import fit_rows, gated_launch, rows_launch, turned, wide
 from .triton_schedule import schedule_launch
 
@@ -31,7 +38,13 @@ def supports(spec: GroupedMatmulSpec, target: Target, needs_grad: bool) -> tuple
 
 
 def forward(
-    spec: GroupedMatmulSpec, config: GroupedMatmulConfig, lhs: Array, rhs: Array, rhs_up: Array | None, sizes: Array
+    spec: GroupedMatmulSpec,
+    config: GroupedMatmulConfig,
+    lhs: Array,
+    rhs: Array,
+    rhs_up: Array | None,
+    sizes: Array,
+    *scales_and_zeros: Array | None,
 ) -> Plan:
     """The launches that write out, and the preactivations where the spec asks for them."""
     (batch, tokens, _), n = lhs.shape, rhs.shape[3]
@@ -41,7 +54,10 @@ def forward(
     if spec.save_preactivations:
         outputs["preactivations"] = contiguous((batch, 2, tokens, n), spec.dtype)
     inputs = {"lhs": lhs, "rhs": rhs}
-    if spec.activation is None or rhs_up is None:
+    if spec.format is not None:
+        inputs |= _matrices(rhs, rhs_up, scales_and_zeros)
+        product = product_launch(spec, config.forward, block_m, tiles, inputs, "tiles")
+    elif spec.activation is None or rhs_up is None:
         product = rows_launch(config.forward, block_m, tiles, {"lhs": lhs}, {"rhs": rhs}, ("tiles", "out"))
     else:
         inputs["rhs_up"] = rhs_up
@@ -54,15 +70,17 @@ def forward(
 def backward(
     spec: GroupedMatmulSpec,
     config: GroupedMatmulConfig,
-    inputs: tuple[Array, Array, Array | None, Array],
+    inputs: tuple[Any, ...],
     outputs: tuple[Array, Array | None],
     gradients: tuple[Array, None],
 ) -> Plan:
-    """Launches that write dlhs, drhs, and drhs_up where rhs_up is there."""
-    lhs, rhs, rhs_up, sizes = inputs
+    """Launches that write dlhs and, of matrices that are not quantised, drhs, and drhs_up where rhs_up is there."""
+    lhs, rhs, rhs_up, sizes, *scales_and_zeros = inputs
     dout = gradients[0]
     passed = {"lhs": lhs, "rhs": rhs, "group_sizes": sizes, "dout": dout}
-    results = {"dlhs": contiguous(lhs.shape, spec.dtype), "drhs": contiguous(rhs.shape, spec.dtype)}
+    results = {"dlhs": contiguous(lhs.shape, spec.dtype)}
+    if spec.format is None:
+        results["drhs"] = contiguous(rhs.shape, spec.dtype)
     scratch: dict[str, Array] = {}
     launches: list[Launch] = []
     grads, weights = {"dout": dout}, {"rhs": turned(rhs)}
@@ -71,14 +89,44 @@ def backward(
         scratch |= {"dz_gate": dz, "dz_up": dz}
         grads, weights = dict(scratch), {**weights, "rhs_up": turned(rhs_up)}
         passed |= {"rhs_up": rhs_up, "preactivations": outputs[1]}
-        results["drhs_up"] = contiguous(rhs_up.shape, spec.dtype)
+        if spec.format is None:
+            results["drhs_up"] = contiguous(rhs_up.shape, spec.dtype)
         launches.append(_dz_launch(spec.activation, dout))
 
     block_m = fit_rows(config.dlhs, lhs.shape[1], rhs.shape[1])
     schedule, scratch["tiles"] = schedule_launch("tiles", sizes, lhs.shape[1], block_m, every=False)
-    launches += [schedule, rows_launch(config.dlhs, block_m, scratch["tiles"], grads, weights, ("tiles", "dlhs"))]
+    launches.append(schedule)
+    if spec.format is not None:
+        matrices = _matrices(rhs, rhs_up, tuple(scales_and_zeros))
+        launches.append(dlhs_launch(spec, config.dlhs, block_m, scratch["tiles"], grads, matrices, lhs, "tiles"))
+        return Plan(tuple(launches), passed | matrices, results, scratch)
+    launches.append(rows_launch(config.dlhs, block_m, scratch["tiles"], grads, weights, ("tiles", "dlhs")))
     of_drhs, its_scratch = drhs_launches(config.drhs, sizes, {"lhs": lhs}, grads)
     return Plan((*launches, *of_drhs), passed, results, scratch | its_scratch)
+
+
+def completed(
+    spec: GroupedMatmulSpec, config: GroupedMatmulConfig, target: Target, inputs: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The inputs with float8 codes as bytes, for not every GPU's compiler knows float8, and reading needs no more."""
+    if spec.format is None or FORMATS[spec.format].storage != "float8_e4m3fn":
+        return inputs
+    return tuple(
+        _as_bytes(array) if name in ("rhs", "rhs_up") else array for name, array in zip(INPUTS, inputs, strict=True)
+    )
+
+
+def _as_bytes(array: Any) -> Any:
+    if array is None or isinstance(array, Array):
+        return array and replace(array, dtype="uint8")
+    return array.view("uint8" if hasattr(array, "astype") else sys.modules["torch"].uint8)
+
+
+def _matrices(rhs: Array, rhs_up: Array | None, scales_and_zeros: tuple[Array | None, ...]) -> dict[str, Array]:
+    """What there is of quantised matrices, by name."""
+    named = zip(INPUTS[4:], scales_and_zeros, strict=True)
+    found = {"rhs": rhs, "rhs_up": rhs_up, **dict(named)}
+    return {name: array for name, array in found.items() if array is not None}
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -121,11 +121,11 @@ def _gated(
         left = advance(left, BLOCK_K, left_col)
         right = advance(right, BLOCK_K, right_row)
         right_up = advance(right_up, BLOCK_K, right_up_row)
-    _store_gated(gate, up, kept, out, batch, row, col, tokens, n, end, ACTIVATION, SAVES, WIDE)
+    store_gated(gate, up, kept, out, batch, row, col, tokens, n, end, ACTIVATION, SAVES, WIDE)
 
 
 @triton.jit
-def _store_gated(
+def store_gated(
     gate, up, kept, out, batch, row, col, tokens, n, end,
     ACTIVATION: tl.constexpr, SAVES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -136,9 +136,9 @@ def _store_gated(
     if gate.shape[1] > EPILOGUE_COLS:
         gate_left, gate_right = halves(gate)
         up_left, up_right = halves(up)
-        _store_gated(gate_left, up_left, kept, out, batch, row, col, tokens, n, end, ACTIVATION, SAVES, WIDE)
+        store_gated(gate_left, up_left, kept, out, batch, row, col, tokens, n, end, ACTIVATION, SAVES, WIDE)
         col += gate_left.shape[1]
-        _store_gated(gate_right, up_right, kept, out, batch, row, col, tokens, n, end, ACTIVATION, SAVES, WIDE)
+        store_gated(gate_right, up_right, kept, out, batch, row, col, tokens, n, end, ACTIVATION, SAVES, WIDE)
     else:
         if SAVES:
             store(gate, kept, 2 * batch, row, col, tokens, n, end, WIDE)
@@ -184,7 +184,7 @@ def rows_launch(
     """The launch of `_rows` over one left and right or two, of any strides; names are those of the list and of out."""
     (left, *left_up), (right, *right_up) = lefts.values(), rights.values()
     of_tiles = _of_tiles(tiles, block_m, schedule, left, (right, *right_up))
-    of_tiles["numbers"] |= _strides("left_up", *left_up or [None]) | _strides("right_up", *right_up or [None])
+    of_tiles["numbers"] |= _strides("left_up", *(left_up or (None,))) | _strides("right_up", *(right_up or (None,)))
     of_tiles["constants"]["TWO"] = bool(left_up)
     (left_name, *left_up_name), (right_name, *right_up_name) = lefts, rights
     inputs = (left_name, right_name, *(left_up_name or [""]), *(right_up_name or [""]), names[0])

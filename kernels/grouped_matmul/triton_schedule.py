@@ -91,7 +91,7 @@ def tile_slots(tokens: int, groups: int, block: int) -> int:
 
 def chunk_slots(tokens: int, groups: int, block: int) -> int:
     """How many chunks there can be, where an empty group has one too."""
-    return tokens // block + groups
+    return tokens // block + groups if groups else 0
 
 
 def partial_slots(tokens: int, block: int) -> int:

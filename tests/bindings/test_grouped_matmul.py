@@ -111,8 +111,14 @@ def test_torch_compile_has_one_graph_for_all_lengths_and_sizes(kernel):
 def test_opcheck(gated):
     inputs = leaves(tuple((1, *shape) for shape in SHAPES))
     inputs = [*inputs[:2], inputs[2] if gated else None, torch.tensor([SIZES], dtype=torch.int32)]
-    assert list(glue._OPERATORS["grouped_matmul"].options) == ["activation", "save_preactivations"]
-    arguments = (*inputs, "silu" if gated else None, gated, "triton", "interpret", None)
+    assert list(glue._OPERATORS["grouped_matmul"].options) == [
+        "activation",
+        "save_preactivations",
+        "format",
+        "group_size",
+    ]
+    matrices = (None,) * 4, (None, 0)
+    arguments = (*inputs, *matrices[0], "silu" if gated else None, gated, *matrices[1], "triton", "interpret", None)
     results = torch.library.opcheck(torch.ops.crosstile.grouped_matmul.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -236,7 +242,139 @@ def test_what_does_not_fit_the_gate():
         grouped_matmul(x.astype(np.float32), weight.astype(np.float32), sizes, config=3, implementation="triton")
 
 
-def test_quantized_weights_are_refused_clearly():
-    weight = crosstile.quantize(np.ones((2, 8, 6), np.float32), "int8")
-    with pytest.raises(crosstile.UnsupportedError, match=r"rhs: got a Quantized; .* pass rhs.dequantize\(\)"):
-        grouped_matmul(np.ones((4, 8), np.float32), weight, np.array([2, 2]))
+QUANTIZE = {"dtype": "int4", "group_size": 32, "zero_points": True}
+
+
+def quantized_loss(xp, implementation, sizes=SIZES):
+    """Both ops of quantised weights, one after the other."""
+
+    def function(x, w_gate, w_up, w_down):
+        group_sizes = sizes if hasattr(sizes, "dtype") else xp.asarray(sizes)
+        gated = grouped_glu_matmul(x, w_gate, w_up, group_sizes, implementation=implementation)
+        return xp.sin(grouped_matmul(gated, w_down, group_sizes, implementation=implementation)).sum()
+
+    return function
+
+
+def quantized_weights(make, **options):
+    drawn = np.random.default_rng(0)
+    shapes = (SHAPES[1], SHAPES[1], (len(SIZES), N, K))
+    weights = [make(drawn.standard_normal(shape).astype(np.float32) / 2) for shape in shapes]
+    return [crosstile.quantize(weight, **(options or QUANTIZE)) for weight in weights]
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "library"])
+def test_quantized_weights_in_torch(kernel):
+    """The same as of the weights that the codes stand for; and the weights are frozen."""
+    (x, *_), weights = leaves(), quantized_weights(torch.from_numpy)
+    plain = quantized_loss(torch, "numpy")(x, *(weight.dequantize() for weight in weights))
+    found = quantized_loss(torch, kernel)(x, *weights)
+    torch.testing.assert_close(found, plain, rtol=5e-5, atol=5e-5)
+    expected = torch.autograd.grad(plain, x)
+    torch.testing.assert_close(torch.autograd.grad(found, x), expected, rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "library"])
+def test_quantized_weights_in_jax_under_jit(kernel):
+    (x, *_), weights = randoms(), quantized_weights(jnp.asarray, dtype="mxfp4")
+    plain = [weight.dequantize() for weight in weights]
+    expected = jax.value_and_grad(quantized_loss(jnp, "numpy"))(x, *plain)
+    close(jax.jit(jax.value_and_grad(quantized_loss(jnp, kernel)))(x, *weights), expected)
+
+
+@pytest.mark.parametrize("implementation", [None, "triton", "pallas"])
+@pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
+def test_quantized_weights_in_numpy(implementation, kind, rng):
+    x, weights = rng.standard_normal((TOKENS, K)).astype(np.float32), quantized_weights(np.asarray, dtype=kind)
+    out = grouped_matmul(x, weights[0], np.array(SIZES), implementation=implementation)
+    expected = grouped_matmul(x, weights[0].dequantize(), np.array(SIZES))
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "triton", "library"])
+def test_torch_compile_of_quantized_weights(kernel):
+    torch._dynamo.reset()
+    counter, weights = CompileCounterWithBackend("aot_eager"), quantized_weights(torch.from_numpy)
+    compiled = torch.compile(
+        lambda x, sizes: quantized_loss(torch, kernel, sizes)(x, *weights),
+        fullgraph=True,
+        backend=counter,
+        dynamic=True,
+    )
+    for tokens, sizes in ((14, (5, 0, 7)), (9, (0, 9, 0))):
+        x, sizes = torch.randn(tokens, K).requires_grad_(), torch.tensor(sizes)
+        plain, found = quantized_loss(torch, "numpy", sizes)(x, *weights), compiled(x, sizes)
+        torch.testing.assert_close(found, plain, rtol=5e-5, atol=5e-5)
+        expected = torch.autograd.grad(plain, x)
+        torch.testing.assert_close(torch.autograd.grad(found, x), expected, rtol=5e-5, atol=5e-5)
+    assert counter.frame_count == 1
+
+
+def test_opcheck_of_quantized_weights():
+    gate, up, _ = quantized_weights(torch.from_numpy)
+    codes = [array[None] for weight in (gate, up) for array in (weight.values, weight.scales, weight.zeros)]
+    x, sizes = torch.randn(1, TOKENS, K).requires_grad_(), torch.tensor([SIZES], dtype=torch.int32)
+    inputs = (x, codes[0], codes[3], sizes, *codes[1:3], *codes[4:])
+    arguments = (*inputs, "silu", True, "int4", 32, "triton", "interpret", None)
+    results = torch.library.opcheck(torch.ops.crosstile.grouped_matmul.default, arguments)
+    assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "triton"])
+def test_torch_vmap_over_rows_of_quantized_weights(kernel):
+    weight, xs = quantized_weights(torch.from_numpy)[0], torch.randn(2, TOKENS, K)
+    sizes = torch.tensor(SIZES)
+    out = torch.vmap(lambda x: grouped_matmul(x, weight, sizes, implementation=kernel))(xs)
+    expected = [grouped_matmul(x, weight, sizes, implementation="library") for x in xs]
+    torch.testing.assert_close(out, torch.stack(expected), rtol=5e-5, atol=5e-5)
+
+
+@pytest.mark.parametrize("kernel", ["numpy", "pallas"])
+def test_jax_vmap_over_quantized_weights(kernel):
+    """A `Quantized` is a tree of arrays, whose leading axis can be mapped too."""
+    (x, *_), many = randoms(), crosstile.quantize(randoms([(2, *SHAPES[1])])[0], **QUANTIZE)
+
+    def product(implementation, weight):
+        return grouped_matmul(x, weight, jnp.array(SIZES), implementation=implementation)
+
+    expected = [product("library", jax.tree.map(lambda leaf, i=i: leaf[i], many)) for i in range(2)]
+    close(jax.vmap(lambda weight: product(kernel, weight))(many), jnp.stack(expected))
+
+
+@pytest.mark.parametrize("chip", ["v4", "v7x"])
+def test_quantized_weights_export_for_tpus(chip, rng):
+    weight = crosstile.quantize(jnp.asarray(rng.standard_normal((4, 512, 384)).astype(np.float32)), "mxfp4")
+    sizes, x = jax.ShapeDtypeStruct((4,), jnp.int32), jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+
+    def total(x, weight, sizes):
+        return grouped_matmul(x, weight, sizes).astype(jnp.float32).sum()
+
+    with crosstile.target(chip):
+        exported = jax.export.export(jax.jit(jax.value_and_grad(total)), platforms=["tpu"])(x, weight, sizes)
+    assert exported.mlir_module().count("tpu_custom_call") == 2
+
+
+def test_quantized_weights_that_do_not_fit():
+    x, sizes, w = np.ones((4, 8), np.float32), np.array([2, 2]), np.ones((2, 8, 6), np.float32)
+    int8 = crosstile.quantize(w, "int8")
+    with pytest.raises(
+        crosstile.UnsupportedError, match=r"rhs: got a Quantized for activations='int8'; .* without act"
+    ):
+        grouped_matmul(x, crosstile.quantize(w, "int8", activations="int8"), sizes)
+    with pytest.raises(TypeError, match=r"w_up: got ndarray where w_gate is a Quantized; both must be, or neither"):
+        grouped_glu_matmul(x, int8, w, sizes)
+    with pytest.raises(TypeError, match=r"w_gate: got ndarray where w_up is a Quantized; both must be, or neither"):
+        grouped_glu_matmul(x, w, int8, sizes)
+    with pytest.raises(ValueError, match=r"w_up: got mxfp4 in groups of 32; .* as w_gate is, int8 by columns"):
+        grouped_glu_matmul(x, int8, crosstile.quantize(w, "mxfp4"), sizes)
+    with pytest.raises(ValueError, match=r"w_up: got int8 by columns with zero points; it must be quantised as w_gate"):
+        grouped_glu_matmul(x, int8, crosstile.quantize(w, "int8", zero_points=True), sizes)
+    with pytest.raises(ValueError, match=r"rhs: got rank 2, \[8, 6\]; it must have rank 3, \[groups, k, n\]"):
+        grouped_matmul(x, crosstile.quantize(w[0], "int8"), sizes)
+    with pytest.raises(ValueError, match=r"rhs: k is 8 in \[2, 8, 6\]; it must be 5, as in lhs \[4, 5\]"):
+        grouped_matmul(x[:, :5], int8, sizes)
+    with pytest.raises(TypeError, match=r"rhs.values: got .*Tensor where lhs is numpy.ndarray"):
+        grouped_matmul(x, crosstile.quantize(torch.from_numpy(w), "int8"), sizes)
+    wrong = crosstile.Quantized(int8.values[:, :4], int8.scales, None, "int8", 8)
+    with pytest.raises(ValueError, match=r"rhs.values: got \[2, 4, 6\]; of int8 it must be \[2, 8, 6\]"):
+        grouped_matmul(x, wrong, sizes)

@@ -163,6 +163,20 @@ def test_moe_and_its_gradients_in_jax_under_jit(implementation):
         np.testing.assert_allclose(gradient, wanted, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.parametrize("implementation", ["library", "numpy", "triton", "pallas"])
+def test_moe_of_quantised_experts(implementation):
+    """The same as of what their codes stand for, with the gradient of x."""
+    x, router, *experts = [array.float() for array in layer()]
+    quantized = [crosstile.quantize(weight, "int4", group_size=32) for weight in experts]
+    x, router = x.requires_grad_(), router.requires_grad_()
+    plain = moe(x, router, *(weight.dequantize() for weight in quantized), top_k=2)
+    found = moe(x, router, *quantized, top_k=2, implementation=implementation)
+    torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-5)
+    expected = torch.autograd.grad(plain.sin().sum(), (x, router))
+    for ours, theirs in zip(torch.autograd.grad(found.sin().sum(), (x, router)), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
 def test_torch_compile_traces_all_of_it():
     torch._dynamo.reset()
     arrays = [array.float().requires_grad_() for array in layer()]

@@ -28,6 +28,10 @@ CHECKED = {
     "gated": Problem(sizes=(3, 0, 20), tokens=30, k=24, n=20, activation="silu"),
     "long": Problem(sizes=(2, 60), tokens=64, k=17, n=20, activation="silu"),  # a group of several chunks
     "batch": Problem(sizes=(3, 0, 8), tokens=12, k=17, n=20, batch=2, activation="silu"),
+    "int4": Problem(sizes=(3, 0, 20), tokens=30, k=300, n=20, kind="int4-64"),
+    "zeros": Problem(sizes=(3, 0, 20), tokens=30, k=300, n=20, kind="int4-128-zeros", activation="silu"),
+    "long int4": Problem(sizes=(3, 0, 20), tokens=30, k=600, n=20, kind="int4-32"),  # more than one block along k
+    "column": Problem(sizes=(3, 0, 8), tokens=12, k=70, n=20, kind="int8-zeros", batch=2, activation="silu"),
 }
 
 
@@ -42,6 +46,7 @@ class Mutation(NamedTuple):
 
 
 S, W, D, T = "triton_schedule", "triton_rows", "triton_drhs", "triton"
+Q, PQ = "triton_quantized", "pallas_quantized"
 V, PW, PD, PP, R = "pallas_schedule", "pallas_rows", "pallas_drhs", "pallas_products", "reference"
 MUTATIONS = (
     Mutation("tiles reach into the next group", S, "tl.minimum(row + block, end)", "tl.minimum(row + block, tokens)"),
@@ -83,6 +88,37 @@ MUTATIONS = (
     Mutation("an empty group is not zero", PD, "@pl.when(begins & (first >= end))", "@pl.when(begins & (first > end))"),
     Mutation("lower parts forgotten", PP, "return found + jnp.where(jnp.isnan(low), 0, low)", "return found"),
     Mutation("each step begins anew", PP, "begins & (inner.start == 0)", "True"),
+    Mutation("scale dropped", Q, "w = scaled(w, scale_of(stored, FORMAT, DTYPE)[None, :], DTYPE)", "w = w",
+             "int4"),
+    Mutation("a column's scale dropped", Q, "sums *= tl.load(scales, mask=cols_exist, other=0.0)",
+             "sums *= 0.0 * tl.load(scales, mask=cols_exist, other=0.0)", "column"),
+    Mutation("up's scale is gate's", Q, "sums_up *= tl.load(scales_up,", "sums_up *= tl.load(scales,", "column"),
+    Mutation("zeros dropped", Q, "numbers_of(codes, zero, FORMAT, HIGH, HAS_ZEROS, DTYPE)",
+             "numbers_of(codes, zero & 0, FORMAT, HIGH, HAS_ZEROS, DTYPE)", "zeros"),
+    Mutation("zeros of the first group of k", Q, "advance(zeros, scale_group, zeros_row)", "zeros", "zeros"),
+    Mutation("scale of the first group of k", Q, "advance(scales, scale_group, scales_row)", "scales", "int4"),
+    Mutation("scales of the first matrix", Q, "scales = _of_group(scales, batch, group, col",
+             "scales = _of_group(scales, batch, 0, col", "int4"),
+    Mutation("dlhs by the scales of the first matrix", Q, "_of_group(scales, batch, group, 0, scales_batch",
+             "_of_group(scales, batch, 0, 0, scales_batch", "int4"),
+    Mutation("codes of the other batch", Q, "right = _of_group(as_bytes(right), batch, group",
+             "right = _of_group(as_bytes(right), 0, group", "column"),
+    Mutation("high half beside its neighbour", Q, "start = first + high * ROWS_APART", "start = first + high", "int4"),
+    Mutation("high half's columns of dlhs", Q, "row, first + ROWS_APART, tokens", "row, first + 1, tokens", "int4"),
+    Mutation("dlhs of gate alone", Q, '"TWO": bool(grad_up)', '"TWO": False', "zeros"),
+    Mutation("nobody's rows multiplied", Q, "length = tl.where(group < groups, n, 0)", "length = n", "int4"),
+    Mutation("a column's scale dropped", PQ, "if not scales_numbers:", "if False:", "column"),
+    Mutation("scale dropped", PQ, "of_block = scales_ref if scales_numbers else None", "of_block = None", "int4"),
+    Mutation("zeros dropped", PQ, "None if zeros is None else zeros.astype(jnp.bfloat16)", "None", "zeros"),
+    Mutation("scale of the first block of k", PQ, "rows_at if scaled else columns_at", "columns_at", "long int4"),
+    Mutation("numbers of the group before", PQ, "!= group_ref[number])", "!= group_ref[number]) & (visit == 0)",
+             "int4"),
+    Mutation("dlhs of gate alone", PQ, "place = 0 if transposes else index", "place = 0", "zeros"),
+    Mutation("up's gradient for both", PQ, "if index < len(left_refs):", "if index < 1:", "zeros"),
+    Mutation("k past the end counts", PQ, "partial(multiply, tail)", "partial(multiply, block)", "long int4"),
+    Mutation("scales of the matrix before", R, "_matrices(spec, lhs, rhs, rhs_up, *scales_and_zeros)",
+             "_matrices(spec, lhs, rhs, rhs_up, *(s if s is None else np.roll(s, 1, 1) for s in scales_and_zeros))",
+             "int4"),
     Mutation("up's gradient not bent", R, "dout * bent", "dout * gate", "gated"),
     Mutation("rows of the group before", R, "first, end = end,", "first, end = first if group else 0,") ,
 )  # fmt: skip
@@ -96,11 +132,13 @@ def worst(op: ModuleType, kernel: str, name: str) -> float:
     """The largest error on one problem, as a multiple of the allowed."""
     problem = CHECKED[name]
     arrays = {n: a if n == "group_sizes" else a.astype(np.float32) for n, a in problem.exact_arrays.items()}
-    inputs = tuple(arrays[name] if name in (*problem.names, "group_sizes") else None for name in OPERANDS)
+    inputs = problem.inputs(arrays)
+    if kernel == "triton":
+        inputs = op.triton.completed(problem.spec, CONFIG, INTERPRET, inputs)
     run = {"triton": interpreted, "pallas": traced, "reference": defined}[kernel]
     out, gradients = run(op, problem, inputs, arrays["dout"])
     ours = {"out": out} | {
-        f"d{n}": gradient for n, gradient in zip(OPERANDS, gradients, strict=True) if n in problem.names
+        f"d{n}": gradient for n, gradient in zip(OPERANDS, gradients, strict=True) if n in problem.differentiated
     }
     excess = multiples(ours, problem.answers("float32"), problem.answers(), "float32")
     return max(np.inf if np.isnan(multiple) else multiple for multiple in excess.values())

@@ -9,14 +9,16 @@ import itertools
 from dataclasses import replace
 from functools import partial
 
-import jax
+import grouped_runs as runs
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped_problems import OPERANDS, Problem
+from grouped_problems import Problem
+from grouped_runs import by_pallas as forward_and_backward
+from grouped_runs import check_pallas as check
+from grouped_runs import quickly_jitted, tiles
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from oracles import assert_within
 
 from crosstile.kernels.grouped_matmul import pallas as kernels
 from crosstile.kernels.grouped_matmul.pallas_schedule import Visits
@@ -26,40 +28,8 @@ from crosstile.kernels.tiles.pallas_tiles import interpreter
 from crosstile.kernels.tiles.targets import INTERPRET, get_target
 
 
-def tiles(*blocks: int) -> GroupedMatmulConfig:
-    """The same tile for every kernel."""
-    return GroupedMatmulConfig(*[GroupedMatmulTiles(*blocks)] * 3)
-
-
-def forward_and_backward(problem: Problem, arrays: dict, config: GroupedMatmulConfig | None = None) -> dict:
-    """out and the gradients, by name."""
-    spec = problem.spec
-    inputs = tuple(arrays[name] if name in problem.names or name == "group_sizes" else None for name in OPERANDS)
-    config = config or choose_config(spec, INTERPRET)
-    outputs = kernels.forward(spec, config, INTERPRET, *inputs)
-    found = kernels.backward(spec, config, INTERPRET, inputs, outputs, (arrays["dout"], None))
-    gradients = dict(zip(OPERANDS, found, strict=True))
-    return {"out": outputs[0], **{f"d{name}": gradients[name] for name in problem.names}}
-
-
 def native(problem: Problem) -> dict:
-    return {
-        name: jnp.asarray(array, array.dtype if name == "group_sizes" else problem.dtype)
-        for name, array in problem.exact_arrays.items()
-    }
-
-
-def quickly_jitted(function):
-    """Most of a test's time is XLA's, and these arrays are small."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
-def check(problem: Problem, config: GroupedMatmulConfig | None = None) -> None:
-    ours = quickly_jitted(lambda arrays: forward_and_backward(problem, arrays, config))(native(problem))
-    assert {result.dtype.name for result in ours.values()} == {problem.dtype}
-    exact = problem.answers()
-    assert set(ours) == set(exact)
-    assert_within(ours, problem.answers(problem.dtype), exact, problem.dtype)
+    return {name: jnp.asarray(array) for name, array in runs.native(problem).items()}
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -140,7 +110,7 @@ def test_more_than_one_tile_of_the_elementwise_kernel():
 
 def test_a_forward_that_saves_nothing_gives_the_same():
     problem = Problem(dtype="bfloat16", activation="silu")
-    inputs = tuple(native(problem)[name] for name in OPERANDS)
+    inputs = problem.inputs(native(problem))
     config = choose_config(problem.spec, INTERPRET)
     saved, plain = (
         quickly_jitted(partial(kernels.forward, spec, config, INTERPRET))(*inputs)

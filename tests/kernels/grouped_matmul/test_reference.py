@@ -20,12 +20,12 @@ GATES = (None, *ACTIVATIONS)
 
 def by_definition(problem: Problem, arrays: dict) -> dict:
     """out and the gradients by the reference."""
-    inputs = tuple(arrays[name] if name in problem.names or name == "group_sizes" else None for name in OPERANDS)
+    inputs = problem.inputs(arrays)
     spec = replace(problem.spec, dtype=arrays["lhs"].dtype.name)
     outputs = reference.forward(spec, *inputs)
     gradients = dict(zip(OPERANDS, reference.backward(spec, inputs, outputs, (arrays["dout"], None)), strict=True))
     assert gradients["group_sizes"] is None
-    return {"out": outputs[0], **{f"d{name}": gradients[name] for name in problem.names}}
+    return {"out": outputs[0], **{f"d{name}": gradients[name] for name in problem.differentiated}}
 
 
 @pytest.mark.parametrize("activation", GATES)
@@ -112,7 +112,7 @@ def test_narrow_inputs_are_computed_in_float32(activation, dtype):
 
 def test_shapes_are_those_that_the_spec_says():
     problem = Problem(activation="relu")
-    inputs = tuple(problem.exact_arrays[name] for name in OPERANDS)
+    inputs = problem.inputs(problem.exact_arrays)
     spec = GroupedMatmulSpec("float64", "relu")
     out, kept = output_shapes(saving(spec), *inputs)
     outputs = reference.forward(saving(spec), *inputs)

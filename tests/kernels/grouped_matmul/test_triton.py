@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
-from grouped_problems import OPERANDS, Problem
+from grouped_problems import Problem
+from grouped_runs import by_triton as forward_and_backward
+from grouped_runs import check_triton as check
+from grouped_runs import native, tiles
+from grouped_runs import triton_forward as forward
 from matmul_problems import LAYOUTS, lay_out
 from mutations import describe
 from oracles import assert_within
@@ -24,43 +27,6 @@ from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, get_target
 from crosstile.kernels.tiles.triton_interpreter import run
 
 GPUS = [name for name, target in TARGETS.items() if target.is_gpu]
-
-
-def tiles(*blocks: int, **others: int) -> GroupedMatmulConfig:
-    """The same tile for every kernel."""
-    return GroupedMatmulConfig(*[GroupedMatmulTiles(*blocks, **others)] * 3)
-
-
-def forward(spec: GroupedMatmulSpec, arrays: dict, config: GroupedMatmulConfig) -> dict:
-    inputs = tuple(arrays.get(name) for name in OPERANDS)
-    plan = kernels.forward(spec, config, *map(describe, inputs))
-    return dict(zip(plan.outputs, run(plan, {name: arrays[name] for name in plan.inputs}), strict=True))
-
-
-def forward_and_backward(problem: Problem, arrays: dict, config: GroupedMatmulConfig | None = None) -> dict:
-    """out and the gradients, by name."""
-    config = config or choose_config(problem.spec, INTERPRET)
-    arrays = {name: array for name, array in arrays.items() if name != "rhs_up" or problem.activation}
-    outputs = forward(problem.spec, arrays, config)
-    described = tuple(describe(arrays.get(name)) for name in OPERANDS)
-    saved = (describe(outputs["out"]), describe(outputs.get("preactivations")))
-    plan = kernels.backward(problem.spec, config, described, saved, (describe(arrays["dout"]), None))
-    named = {**arrays, **outputs}
-    results = run(plan, {name: named[name] for name in plan.inputs})
-    return {"out": outputs["out"], **dict(zip(plan.outputs, results, strict=True))}
-
-
-def native(problem: Problem) -> dict:
-    kind = getattr(ml_dtypes, problem.dtype, problem.dtype)
-    return {n: a if n == "group_sizes" else a.astype(kind) for n, a in problem.exact_arrays.items()}
-
-
-def check(problem: Problem, config: GroupedMatmulConfig | None = None) -> None:
-    ours = forward_and_backward(problem, native(problem), config)
-    assert {result.dtype.name for result in ours.values()} == {problem.dtype}
-    exact = problem.answers()
-    assert set(ours) == set(exact)
-    assert_within(ours, problem.answers(problem.dtype), exact, problem.dtype)
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
@@ -130,7 +96,7 @@ def test_a_long_group_beside_short_ones_is_cut():
     problem = Problem(sizes=(2, 150, 0, 3), tokens=160, k=20, n=20, activation="silu")
     config = choose_config(problem.spec, INTERPRET)
     arrays = {name: describe(array) for name, array in problem.exact_arrays.items()}
-    inputs = tuple(arrays[name] for name in OPERANDS)
+    inputs = problem.inputs(arrays)
     kept = contiguous((1, 2, 160, 20), "float32")
     plan = kernels.backward(problem.spec, config, inputs, (arrays["dout"], kept), (arrays["dout"], None))
     assert plan.launches[-1].kernel.__name__ == "_add_partials"

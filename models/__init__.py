@@ -13,12 +13,24 @@ from .checkpoint import load, save
 from .config import Config
 from .generate import generate
 from .train import Result, train
-from .transformer import forward, init, loss
+from .transformer import forward, init, loss, quantize
 
 if TYPE_CHECKING:
     from .module import Transformer
 
-__all__ = ["Config", "Result", "Transformer", "forward", "generate", "init", "load", "loss", "save", "train"]
+__all__ = [
+    "Config",
+    "Result",
+    "Transformer",
+    "forward",
+    "generate",
+    "init",
+    "load",
+    "loss",
+    "quantize",
+    "save",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

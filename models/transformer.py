@@ -83,6 +83,22 @@ def init(config: Config, seed: int = 0, framework: str = "torch", dtype: str = "
     return tree_map_with_path(draw, shapes(config))
 
 
+def quantize(params: Tree, dtype: str, **options: Any) -> Tree:
+    """The parameters with the matrices of every layer in 8 or 4 bits, to generate with: see `crosstile.quantize`.
+
+    The embedding, the head, the norms and the routers stay as they are. Such matrices have no gradient.
+    """
+
+    def layer(arrays: Tree) -> Tree:
+        kept = ("attention_norm", "mlp_norm", "router")
+        return {
+            name: array if name in kept else crosstile.quantize(array, dtype, **options)
+            for name, array in arrays.items()
+        }
+
+    return {**params, "layers": [layer(arrays) for arrays in params["layers"]]}
+
+
 def forward(params: Tree, tokens: Array, config: Config) -> Array:
     """The logits of the token after each: tokens int `[batch, seq]` -> float32 `[batch, seq, vocab]`."""
     x, _ = last_layer(params, tokens, config)
@@ -168,11 +184,18 @@ def mlp(layer: Tree, x: Array, config: Config) -> tuple[Array, Array | None]:
     """
     h = norm(x, layer["mlp_norm"], config)
     if not config.num_experts:
-        gated = crosstile.glu_matmul(h, layer["w_gate"], layer["w_up"])
+        gated = gate(h, layer["w_gate"], layer["w_up"])
         return crosstile.matmul(gated, layer["w_down"], residual=x), None
     weights = (layer[name] for name in ("router", "w_gate", "w_up", "w_down"))
     mixed, router = crosstile.moe(h, *weights, top_k=config.experts_per_token, return_logits=True)
     return x + mixed, router
+
+
+def gate(h: Array, w_gate: Any, w_up: Any) -> Array:
+    """`silu(h @ w_gate) * (h @ w_up)`."""
+    if isinstance(w_gate, crosstile.Quantized):
+        return crosstile.matmul(h, w_gate, activation="silu") * crosstile.matmul(h, w_up)
+    return crosstile.glu_matmul(h, w_gate, w_up)
 
 
 def logits(params: Tree, x: Array, config: Config) -> Array:

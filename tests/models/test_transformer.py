@@ -1,5 +1,7 @@
 """The model: the same logits and gradients in the three frameworks, equal to an oracle, with and without a cache."""
 
+from dataclasses import replace
+
 import jax
 import llama
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import crosstile
-from crosstile.models import Config, forward, init, loss, save
+from crosstile.models import Config, forward, generate, init, loss, quantize, save
 from crosstile.models.arrays import FRAMEWORKS, from_numpy, like, to_numpy, tree_leaves, tree_map_with_path
 from crosstile.models.transformer import CHUNK, attend_chunks, extend, make_cache
 
@@ -141,6 +143,28 @@ def test_any_kernel_can_run_the_model(stretched, tokens):
         with crosstile.use(kernel):
             got = forward(params, like(tokens[:1, :5], params["embedding"]), stretched)
         assert max_relative(to_numpy(got), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
+def test_quantized_layers_compute_with_the_weights_they_stand_for(config, tokens, framework, dtype):
+    config = replace(config, num_experts=3) if dtype == "int4" else config
+    params = lively(config, framework)
+    quantized = quantize(params, dtype)
+    rough = {
+        **quantized,
+        "layers": [
+            {name: x.dequantize() if isinstance(x, crosstile.Quantized) else x for name, x in layer.items()}
+            for layer in quantized["layers"]
+        ],
+    }
+    ours = like(tokens, params["embedding"])
+    got = to_numpy(forward(quantized, ours, config))
+    assert max_relative(got, to_numpy(forward(rough, ours, config))) < 1e-5
+    assert max_relative(got, to_numpy(forward(params, ours, config))) > 1e-3
+    assert np.array_equal(
+        to_numpy(generate(quantized, config, tokens[:1, :4], 3)), to_numpy(generate(rough, config, tokens[:1, :4], 3))
+    )
 
 
 def test_bfloat16_keeps_its_dtype_and_gives_float32_logits(config, tokens):

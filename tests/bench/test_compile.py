@@ -17,6 +17,7 @@ from crosstile.bench.programs import Job
 from crosstile.bench.shape import Shape
 from crosstile.bench.shapes import SHAPES, get_shape
 from crosstile.calls import PREPARE
+from crosstile.dispatch import supports
 from crosstile.kernels.tiles.targets import TARGETS
 
 GOOD = KernelFacts("forward", "q 64", 100, {"HGMMA": 8}, "bfloat16", 0, 1024, registers=128)
@@ -162,16 +163,30 @@ def test_what_the_library_does_not_offer_there_is_shown_and_does_not_fail(
     assert job["unsupported"] == reason
 
 
-def test_only_float8_is_not_offered_in_bfloat16() -> None:
+def test_what_a_chip_does_not_multiply_is_not_offered() -> None:
     pytest.importorskip("triton")
     pytest.importorskip("jax")
-    jobs = programs.jobs_for(TARGETS, SHAPES, ["bfloat16"])
-    found = {(job.target, job.shape) for job in jobs if programs.unsupported(job)}
-    pages = [shape.name for shape in SHAPES if shape.name.endswith("-fp8")]
-    expected = {(target, name) for target in ("sm_80", "gfx942") for name in pages}
-    queries = [shape.name for shape in SHAPES if "float8" in shape.name]
-    multiply_none = set(TARGETS) - {"sm_90", "sm_100", "gfx950", "v7x"}
-    assert found == expected | {(target, name) for target in multiply_none for name in queries}
+    found = set()
+    for shape in SHAPES:
+        spec, _ = shape.prepare("bfloat16")
+        for name, target in TARGETS.items():
+            if supports(shape.op, "triton" if target.is_gpu else "pallas", spec, target, shape.trains):
+                found.add((name, shape.name))
+
+    def but(offered: str, *endings: str) -> set[tuple[str, str]]:
+        shapes = [shape.name for shape in SHAPES if shape.name.endswith(endings)]
+        return {(target, name) for target in set(TARGETS) - set(offered.split()) for name in shapes}
+
+    queries = tuple(shape.name for shape in SHAPES if shape.op == "attention" and "float8" in shape.name)
+    pages = tuple(shape.name for shape in SHAPES if shape.op == "paged_attention" and shape.name.endswith("-fp8"))
+    tpus = "v4 v5e v5p v6e v7x"
+    assert found == (
+        but("sm_90 sm_100 gfx950 v7x", *queries, "-fp8-fp8")
+        | but(f"sm_90 sm_100 gfx950 {tpus}", *pages)
+        | but("sm_80 sm_90 sm_100 gfx942 gfx950 v5e v5p v6e", "-int8-int8")
+        | but("sm_100 gfx950", "-mxfp8-mxfp8", "-mxfp4-mxfp8")
+        | but("sm_80 sm_90 sm_100", "-tf32x3")
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)

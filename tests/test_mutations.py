@@ -744,34 +744,40 @@ ATTENTION_PALLAS = Suite(
     ),
 )
 
-T, A = "matmul/triton.py", "tiles/triton_activations.py"
+T, E, A = "matmul/triton.py", "tiles/triton_epilogue.py", "tiles/triton_activations.py"
 PLAIN, GELU = ("plain",), ("gelu",)
 MATMUL_TRITON = Suite(
     "matmul",
     "triton",
     (
         Mutation(
-            "bias dropped", T, "if HAS_BIAS:\n            bias =", "if False:\n            bias =", problems=PLAIN
+            "bias dropped", E, "if HAS_BIAS:\n            bias =", "if False:\n            bias =", problems=PLAIN
         ),
         Mutation(
             "residual dropped",
-            T,
-            "if HAS_RESIDUAL:\n            residual = advance(residual, col",
-            "if False:\n            residual = advance(residual, col",
+            E,
+            "if HAS_RESIDUAL:\n            residual =",
+            "if False:\n            residual =",
             problems=PLAIN,
         ),
-        Mutation("activation dropped", T, "result = activate(sums, ACTIVATION)", "result = sums", problems=("relu",)),
+        Mutation("activation dropped", E, "result = activate(sums, ACTIVATION)", "result = sums", problems=("relu",)),
         Mutation("the other gelu", A, "y = x * _normal_cdf(x)", "y = x * _tanh_cdf(x)", problems=GELU),
         Mutation(
             "last tile along k skipped",
-            T,
-            "for start in range(0, k, BLOCK_K)",
-            "for start in range(0, k // BLOCK_K * BLOCK_K, BLOCK_K)",
+            "matmul/triton_product.py",
+            "for start in range(0, length, BLOCK_K)",
+            "for start in range(0, length // BLOCK_K * BLOCK_K, BLOCK_K)",
             problems=PLAIN,
         ),
-        Mutation("tail of k not masked", T, '"EVEN_K": k % block_k == 0', '"EVEN_K": True', problems=PLAIN),
         Mutation(
-            "derivative replaced by 1", T, "result *= derivative(z, ACTIVATION)", "result *= 1.0", BACKWARD, ("silu",)
+            "tail of k not masked",
+            "matmul/triton_launches.py",
+            '"EVEN_K": k % config.block_k == 0',
+            '"EVEN_K": True',
+            problems=PLAIN,
+        ),
+        Mutation(
+            "derivative replaced by 1", E, "result *= derivative(z, ACTIVATION)", "result *= 1.0", BACKWARD, ("silu",)
         ),
         Mutation(
             "derivative of silu without its second term",
@@ -815,7 +821,7 @@ MATMUL_TRITON = Suite(
         ),
         Mutation(
             "dbias of one tile only",
-            T,
+            E,
             "for start in range(0, tiles, BLOCK_M)",
             "for start in range(0, tiles // 2, BLOCK_M)",
             BACKWARD,
@@ -824,14 +830,14 @@ MATMUL_TRITON = Suite(
     ),
 )
 
-P, A = "matmul/pallas.py", "tiles/pallas_activations.py"
+P, E, A = "matmul/pallas.py", "tiles/pallas_epilogue.py", "tiles/pallas_activations.py"
 MATMUL_PALLAS = Suite(
     "matmul",
     "pallas",
     (
-        Mutation("bias dropped", P, "z += bias_ref", "z += 0 * bias_ref", problems=PLAIN),
-        Mutation("residual dropped", P, "out += residual_ref", "out += 0 * residual_ref", problems=PLAIN),
-        Mutation("activation dropped", P, "out = activate(activation, z)", "out = z", problems=("relu",)),
+        Mutation("bias dropped", E, "z = z + bias_ref", "z = z + 0 * bias_ref", problems=PLAIN),
+        Mutation("residual dropped", E, "out = out + residual_ref", "out = out + 0 * residual_ref", problems=PLAIN),
+        Mutation("activation dropped", E, "out = activate(activation, z)", "out = z", problems=("relu",)),
         Mutation("the other gelu", A, "return x * _normal_cdf(x)", "return x * _tanh_cdf(x)", problems=GELU),
         Mutation("last tile along k skipped", P, "lambda: multiply(tail)", "lambda: None", problems=PLAIN),
         Mutation("tail of k not masked", P, "lambda: multiply(tail)", "lambda: multiply(block_k)", problems=PLAIN),
@@ -839,7 +845,7 @@ MATMUL_PALLAS = Suite(
             "steps not summed", P, "product if steps == 1 else product +", "product if steps else", problems=PLAIN
         ),
         Mutation("the first sum is not cleared", P, "jnp.where(step == 0, 0, ", "(lambda sums: sums)(", problems=PLAIN),
-        Mutation("derivative replaced by 1", P, "dz *= derivative(", "dz *= 1 + 0 * derivative(", BACKWARD, ("silu",)),
+        Mutation("derivative replaced by 1", E, "dz *= derivative(", "dz *= 1 + 0 * derivative(", BACKWARD, ("silu",)),
         Mutation(
             "derivative of gelu without its second term",
             A,
@@ -856,7 +862,7 @@ MATMUL_PALLAS = Suite(
             BACKWARD,
             ("square",),
         ),
-        Mutation("rows past the end in dbias", P, "jnp.where(row < ", "jnp.where(row >= 0 * ", BACKWARD, ("tall",)),
+        Mutation("rows past the end in dbias", E, "jnp.where(row < ", "jnp.where(row >= 0 * ", BACKWARD, ("tall",)),
     ),
 )
 
@@ -881,7 +887,7 @@ ATTENTION_REFERENCE = Suite(
     ),
 )
 
-R = "matmul/reference.py"
+R, A = "matmul/reference.py", "tiles/activations.py"
 MATMUL_REFERENCE = Suite(
     "matmul",
     "reference",
@@ -889,7 +895,7 @@ MATMUL_REFERENCE = Suite(
         Mutation("bias dropped", R, "z = z + bias", "z = z + 0 * bias", problems=PLAIN),
         Mutation(
             "the other gelu",
-            R,
+            A,
             "return x * _normal_cdf(x)",
             "return 0.5 * x * (1 + np.tanh(_tanh_argument(x)))",
             problems=GELU,
@@ -902,7 +908,7 @@ MATMUL_REFERENCE = Suite(
             BACKWARD,
             ("silu",),
         ),
-        Mutation("gelu_tanh's cubic forgotten", R, "(1 + 3 * 0.044715 * x * x)", "1.0", BACKWARD, ("gelu_tanh",)),
+        Mutation("gelu_tanh's cubic forgotten", A, "(1 + 3 * 0.044715 * x * x)", "1.0", BACKWARD, ("gelu_tanh",)),
         Mutation(
             "dbias summed over the wrong axis", R, "dz.sum(axis=1)", "dz.sum(axis=0)[:1].repeat(2, 0)", BACKWARD, PLAIN
         ),

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -113,10 +114,11 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
         row = Row(shape.name, shape.op, dtype, direction, max(e for e, _ in found), max(m for _, m in found))
         row.repeats = all(torch.equal(ours[i], again[i]) for i in which)
         row.flops = shape.flops * (1.0 if direction == "forward" else 2.5 if shape.op == "attention" else 2.0)
-        row.ours = _time(_calls(shape, arrays, leaves, "triton", direction))
-        for name, call in _peers(shape, arrays, leaves, direction).items():
+        ours_again = partial(_call, shape, implementation="triton")
+        row.ours = _time(_direction(ours_again, arrays, leaves, direction))
+        for name, peer in _peers(shape).items():
             try:
-                row.peers[name] = _time(call)
+                row.peers[name] = _time(_direction(peer, arrays, leaves, direction))
             except RuntimeError:  # a backend that does not take the shape
                 continue
         yield row
@@ -146,71 +148,63 @@ def _call(shape: Shape, arrays: dict[str, Any], implementation: str) -> Any:
     return getattr(crosstile, shape.function)(**shape.call(arrays), implementation=implementation)
 
 
-def _outputs(out: Any) -> tuple[Any, ...]:
-    return out if isinstance(out, tuple) else (out,)
-
-
 def _results(shape: Shape, arrays: dict[str, Any], leaves: list[str], implementation: str) -> list[Any]:
     """The first output, and the gradients."""
     import torch
 
-    variables = [arrays[name].detach().requires_grad_() for name in leaves]
-    outs = _outputs(_call(shape, {**arrays, **dict(zip(leaves, variables, strict=True))}, implementation))
+    outs, variables = _differentiable(partial(_call, shape, implementation=implementation), arrays, leaves)
     if not leaves:
         return [outs[0]]
     torch.manual_seed(1)
-    gradients = [torch.randn_like(out, dtype=torch.float32).to(arrays[leaves[0]].dtype).to(out.dtype) for out in outs]
+    dtype = variables[0].dtype
+    gradients = [torch.randn_like(out, dtype=torch.float32).to(dtype).to(out.dtype) for out in outs]
     return [outs[0].detach(), *torch.autograd.grad(outs, variables, gradients)]
 
 
-def _calls(
-    shape: Shape, arrays: dict[str, Any], leaves: list[str], implementation: str, direction: str
+def _differentiable(
+    function: Callable[[dict[str, Any]], Any], arrays: dict[str, Any], leaves: list[str]
+) -> tuple[tuple[Any, ...], list[Any]]:
+    """What the function makes of the arrays, and those of the leaves, which have a gradient."""
+    variables = [arrays[name].detach().requires_grad_() for name in leaves]
+    out = function({**arrays, **dict(zip(leaves, variables, strict=True))})
+    return (out if isinstance(out, tuple) else (out,)), variables
+
+
+def _direction(
+    function: Callable[[dict[str, Any]], Any], arrays: dict[str, Any], leaves: list[str], direction: str
 ) -> Callable[[], Any]:
+    """The function's forward, or its backward alone, to be called again and again."""
     import torch
 
     if direction == "forward":
 
         def forward() -> Any:
             with torch.no_grad():
-                return _call(shape, arrays, implementation)
+                return function(arrays)
 
         return forward
-    variables = [arrays[name].detach().requires_grad_() for name in leaves]
-    outs = _outputs(_call(shape, {**arrays, **dict(zip(leaves, variables, strict=True))}, implementation))
+    outs, variables = _differentiable(function, arrays, leaves)
     gradients = [torch.randn_like(out) for out in outs]
     return lambda: torch.autograd.grad(outs, variables, gradients, retain_graph=True)
 
 
-def _peers(shape: Shape, arrays: dict[str, Any], leaves: list[str], direction: str) -> dict[str, Callable[[], Any]]:
+def _peers(shape: Shape) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """What a user would call instead."""
-    peers = {"torch's ops": _calls(shape, arrays, leaves, "library", direction)}
+    peers: dict[str, Callable[[dict[str, Any]], Any]] = {"torch's ops": partial(_call, shape, implementation="library")}
     if shape.op == "linear_cross_entropy":
-        peers["logits"] = _logits(shape, arrays, leaves, direction)
+        peers["logits"] = partial(_loss_of_logits, shape)
     return peers
 
 
-def _logits(shape: Shape, arrays: dict[str, Any], leaves: list[str], direction: str) -> Callable[[], Any]:
+def _loss_of_logits(shape: Shape, arrays: dict[str, Any]) -> Any:
     """The loss of logits that are kept in memory."""
     import torch
     import torch.nn.functional as F
 
     cap = shape.call(arrays)["softcap"]
-
-    def loss(hidden: Any, weight: Any) -> Any:
-        logits = F.linear(hidden, weight).float()
-        logits = logits if cap is None else cap * torch.tanh(logits / cap)
-        return F.cross_entropy(logits, arrays["targets"].long())
-
-    if direction == "forward":
-
-        def forward() -> Any:
-            with torch.no_grad():
-                return loss(arrays["hidden"], arrays["weight"])
-
-        return forward
-    variables = [arrays[name].detach().requires_grad_() for name in leaves]
-    out = loss(*variables)
-    return lambda: torch.autograd.grad(out, variables, retain_graph=True)
+    logits = F.linear(arrays["hidden"], arrays["weight"]).float()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, arrays["targets"].long())
 
 
 def _compare(ours: Any, theirs: Any, exact: Any, dtype: str) -> tuple[float, float]:

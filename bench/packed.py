@@ -2,7 +2,7 @@
 
 A folder holds the machine code of every launch of named shapes, `KEY.cubin`, and beside it in `KEY.json` what a launch
 has to know of it. The key says which program a launch needs: its kernel, and all that the compiler was told of its
-arguments. The machine with the chip needs torch and NVIDIA's driver, which is called as the CUDA driver API documents.
+arguments. The machine with the chip needs torch, any Triton, and the driver, called as NVIDIA documents its API.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from crosstile.kernels.tiles.launch import Array, Launch
+from crosstile.kernels.tiles.launch import Launch
 from crosstile.kernels.tiles.targets import Target, get_target
 
 from .gpu import compiled_launch, specialise
@@ -48,10 +48,10 @@ class Program:
     scratch_alignment: int
 
 
-def key_of(launch: Launch, arrays: dict[str, Array], target: Target) -> str:
-    """The name of the program that the launch needs."""
+def key_of(launch: Launch, specialised: tuple[Any, ...]) -> str:
+    """The name of the program that the launch needs, specialised as `gpu.specialise` says."""
     where = launch.kernel.fn.__module__, launch.kernel.fn.__name__
-    told = where, launch.num_warps, launch.num_stages, specialise(launch, arrays, target)
+    told = where, launch.num_warps, launch.num_stages, specialised
     return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
 
 
@@ -62,7 +62,7 @@ def pack(jobs: Iterable[Job], folder: Path) -> Iterator[Job]:
         plan, target = gpu_plan(job), get_target(job.target)
         arrays = {**plan.inputs, **plan.outputs, **plan.scratch}
         for launch in plan.launches:
-            file = folder / f"{key_of(launch, arrays, target)}.cubin"
+            file = folder / f"{key_of(launch, specialise(launch, arrays, target))}.cubin"
             if not all(launch.grid) or file.exists():
                 continue
             compiled = compiled_launch(launch, arrays, target)
@@ -91,8 +91,9 @@ class Packed:
 
         names = (*launch.inputs, *launch.outputs)
         arrays = {name: describe(tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
-        function, program = self._load(launch, arrays)
-        values = arguments(launch, arrays, self._target, tensors)
+        specialised = specialise(launch, arrays, self._target)
+        function, program = self._load(launch, key_of(launch, specialised))
+        values = arguments(launch, specialised[0], tensors)
         grid = (*launch.grid, 1, 1)[:3]
         scratch = None
         if program.scratch:
@@ -106,8 +107,7 @@ class Packed:
             self._driver.cuLaunchKernel(function, *grid, program.threads, 1, 1, program.shared, stream, pointers, None)
         )
 
-    def _load(self, launch: Launch, arrays: dict[str, Array]) -> tuple[Any, Program]:
-        key = key_of(launch, arrays, self._target)
+    def _load(self, launch: Launch, key: str) -> tuple[Any, Program]:
         if key not in self._loaded:
             file = self._folder / f"{key}.cubin"
             if not file.exists():
@@ -132,9 +132,8 @@ class Packed:
             raise RuntimeError(f"CUDA driver: {(name.value or b'').decode() or result}")
 
 
-def arguments(launch: Launch, arrays: dict[str, Array], target: Target, tensors: list[Any]) -> list[Any]:
+def arguments(launch: Launch, signature: dict[str, str], tensors: list[Any]) -> list[Any]:
     """What a program takes: its parameters in order, less what is a constant in it."""
-    signature, _, _ = specialise(launch, arrays, target)
     operands = iter(tensors)
     values: list[Any] = []
     for parameter in launch.kernel.params:

@@ -182,24 +182,8 @@ def prepare_matmul(
     """The spec and the arrays of a call, in the order of the op's inputs."""
     dtype = common_dtype(("a", "b", "bias", "residual"), (a, b, bias, residual))
     a_shape, b_shape = a.shape, b.shape
-    if len(a_shape) < 2:
-        raise ValueError(f"a: got rank {len(a_shape)}, {show(a_shape)}; it must be [..., m, k] (a vector: a[None])")
-    if len(b_shape) < 2:
-        raise ValueError(f"b: got rank {len(b_shape)}, {show(b_shape)}; it must be [k, n] or [..., k, n]")
-    if a_shape[-1] != b_shape[-2]:
-        raise ValueError(f"b: k is {b_shape[-2]} in {show(b_shape)}; it must be {a_shape[-1]}, as in a {show(a_shape)}")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
-    lead = a_shape[:-2] if len(b_shape) == 2 else broadcast_shape("b", b_shape[:-2], a_shape[:-2])
-    if bias is not None and tuple(bias.shape) != (b_shape[-1],):
-        raise ValueError(f"bias: got {show(bias.shape)}; it must be [n] = [{b_shape[-1]}]")
-    if residual is not None:
-        whole = (*lead, a_shape[-2], b_shape[-1])
-        if broadcast_shape("residual", residual.shape, whole) != whole:
-            raise ValueError(f"residual: got {show(residual.shape)}; it must broadcast to the result, {show(whole)}")
-    name = dtype if out_dtype is None else dtype_name(out_dtype)
-    if name not in FLOATS:
-        raise ValueError(f"out_dtype: got {out_dtype!r}; it must be one of {', '.join(FLOATS)}")
+    check_product(a_shape, b_shape)
+    name = check_epilogue(a_shape, b_shape, bias, activation, residual, dtype if out_dtype is None else out_dtype)
     if precision is not None:
         check_precision(precision, dtype)
     return MatmulSpec(dtype, name, activation, precision=precision), (a, b, bias, residual)
@@ -235,6 +219,33 @@ def canonical_matmul(xp: Any, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, 
 
 
 # ---- Checks
+
+
+def check_product(a_shape: Any, b_shape: Any) -> None:
+    """Refuse shapes that `a @ b` has not."""
+    if len(a_shape) < 2:
+        raise ValueError(f"a: got rank {len(a_shape)}, {show(a_shape)}; it must be [..., m, k] (a vector: a[None])")
+    if len(b_shape) < 2:
+        raise ValueError(f"b: got rank {len(b_shape)}, {show(b_shape)}; it must be [k, n] or [..., k, n]")
+    if a_shape[-1] != b_shape[-2]:
+        raise ValueError(f"b: k is {b_shape[-2]} in {show(b_shape)}; it must be {a_shape[-1]}, as in a {show(a_shape)}")
+
+
+def check_epilogue(a_shape: Any, b_shape: Any, bias: Any, activation: str | None, residual: Any, out_dtype: Any) -> str:
+    """The name of the result's dtype; refuses what cannot follow a product of these shapes."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
+    lead = a_shape[:-2] if len(b_shape) == 2 else broadcast_shape("b", b_shape[:-2], a_shape[:-2])
+    if bias is not None and tuple(bias.shape) != (b_shape[-1],):
+        raise ValueError(f"bias: got {show(bias.shape)}; it must be [n] = [{b_shape[-1]}]")
+    if residual is not None:
+        whole = (*lead, a_shape[-2], b_shape[-1])
+        if broadcast_shape("residual", residual.shape, whole) != whole:
+            raise ValueError(f"residual: got {show(residual.shape)}; it must broadcast to the result, {show(whole)}")
+    name = dtype_name(out_dtype)
+    if name not in FLOATS:
+        raise ValueError(f"out_dtype: got {out_dtype!r}; it must be one of {', '.join(FLOATS)}")
+    return name
 
 
 def check_precision(precision: Any, dtype: str) -> None:

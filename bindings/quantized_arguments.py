@@ -7,7 +7,7 @@ from typing import Any
 
 from crosstile import arguments
 from crosstile.arguments import broadcast_shape, dtype_name, show
-from crosstile.kernels.quantized_matmul.spec import ACTIVATIONS, QuantizedMatmulSpec
+from crosstile.kernels.quantized_matmul.spec import QuantizedMatmulSpec
 from crosstile.quantization import Quantized
 
 
@@ -31,25 +31,12 @@ def prepare_quantized_matmul(
     """The spec and the arrays of a call, in the order of the op's inputs."""
     dtype = arguments.common_dtype(("a", "bias", "residual"), (a, bias, residual))
     a_shape, b_shape = a.shape, b.shape
-    if len(a_shape) < 2:
-        raise ValueError(f"a: got rank {len(a_shape)}, {show(a_shape)}; it must be [..., m, k] (a vector: a[None])")
-    if a_shape[-1] != b_shape[-2]:
-        raise ValueError(f"b: k is {b_shape[-2]} in {show(b_shape)}; it must be {a_shape[-1]}, as in a {show(a_shape)}")
+    arguments.check_product(a_shape, b_shape)
     check_stored(b)
     if precision is not None:
         raise ValueError(f"precision: got {precision!r}; beside a quantised weight it must be None")
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}; it must be None or one of {', '.join(ACTIVATIONS)}")
-    lead = a_shape[:-2] if len(b_shape) == 2 else broadcast_shape("b", b_shape[:-2], a_shape[:-2])
-    if bias is not None and tuple(bias.shape) != (b_shape[-1],):
-        raise ValueError(f"bias: got {show(bias.shape)}; it must be [n] = [{b_shape[-1]}]")
-    if residual is not None:
-        whole = (*lead, a_shape[-2], b_shape[-1])
-        if broadcast_shape("residual", residual.shape, whole) != whole:
-            raise ValueError(f"residual: got {show(residual.shape)}; it must broadcast to the result, {show(whole)}")
-    name = dtype if out_dtype is None else dtype_name(out_dtype)
-    if name not in arguments.FLOATS:
-        raise ValueError(f"out_dtype: got {out_dtype!r}; it must be one of {', '.join(arguments.FLOATS)}")
+    kind = dtype if out_dtype is None else out_dtype
+    name = arguments.check_epilogue(a_shape, b_shape, bias, activation, residual, kind)
     spec = QuantizedMatmulSpec(dtype, name, b.format, b.group_size or 0, b.activations, activation)
     return spec, (a, b.values, b.scales, b.zeros, bias, residual)
 

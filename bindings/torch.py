@@ -410,23 +410,29 @@ def _launch(plan: Plan, tensors: dict[str, Tensor], like: Tensor) -> list[Tensor
     for name, array in {**plan.outputs, **plan.scratch}.items():
         memory[name] = torch.empty(array.shape, dtype=getattr(torch, array.dtype), device=like.device)
     with torch.cuda.device(like.device):
-        copy_context().run(_launch_each, plan, memory, like)
+        for launch in plan.launches:
+            if all(launch.grid):
+                names = (*launch.inputs, *launch.outputs)
+                _launcher.run(launch, [memory[name] if name else None for name in names])
     return [memory[name] for name in plan.outputs]
 
 
-def _launch_each(plan: Plan, memory: dict[str, Tensor], like: Tensor) -> None:
-    """In a context of its own, where kernels get memory for tensor descriptors from torch."""
+def _compile_and_launch(launch: Launch, tensors: list[Tensor | None]) -> None:
+    if launch.without_memory:  # it asks for memory while it runs, which torch gives, in this call alone
+        copy_context().run(_launch_with_memory, launch, tensors)
+    else:
+        _launch_by_triton(launch, tensors)
+
+
+def _launch_with_memory(launch: Launch, tensors: list[Tensor | None]) -> None:
     import triton
 
+    like = next(tensor for tensor in tensors if tensor is not None)
     triton.set_allocator(lambda size, alignment, stream: like.new_empty(size, dtype=torch.int8))
-    for launch in plan.launches:
-        if not all(launch.grid):
-            continue
-        pointers = [memory[name] if name else None for name in (*launch.inputs, *launch.outputs)]
-        _launcher.run(launch, pointers)
+    _launch_by_triton(launch, tensors)
 
 
-def _compile_and_launch(launch: Launch, tensors: list[Tensor | None]) -> None:
+def _launch_by_triton(launch: Launch, tensors: list[Tensor | None]) -> None:
     launch.kernel[launch.grid](
         *tensors,
         **launch.numbers,

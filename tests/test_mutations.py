@@ -764,9 +764,9 @@ MATMUL_TRITON = Suite(
         Mutation("the other gelu", A, "y = x * _normal_cdf(x)", "y = x * _tanh_cdf(x)", problems=GELU),
         Mutation(
             "last tile along k skipped",
-            "matmul/triton_product.py",
-            "for start in range(0, length, BLOCK_K)",
-            "for start in range(0, length // BLOCK_K * BLOCK_K, BLOCK_K)",
+            "tiles/triton_products.py",
+            "for start in range(0, k, BLOCK_K)",
+            "for start in range(0, k // BLOCK_K * BLOCK_K, BLOCK_K)",
             problems=PLAIN,
         ),
         Mutation(

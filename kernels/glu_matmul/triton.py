@@ -18,14 +18,15 @@ from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
 from ..tiles.triton_gate import dz_launch, store_gated
 from ..tiles.triton_products import (
+    add_product,
     element,
     grouped,
     has_runs,
-    indices,
     shrink,
     store,
     strides,
     transposed,
+    two_products,
     warps,
     wide,
 )
@@ -91,36 +92,13 @@ def _pair(
     if ALIGNED_M:
         m = m // 16 * 16  # m is not specialised on, so that its changes compile nothing: tell what the plan knows of it
     batch, row, col = _place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    rows = indices(BLOCK_M, WIDE)
-    cols = indices(BLOCK_N, WIDE)
-    inner = indices(BLOCK_K, WIDE)
-    rows_exist = rows < m - row
-    cols_exist = cols < n - col
-    left = advance(advance(left, batch, left_batch), row, left_row)
-    first = advance(advance(first, batch, first_batch), col, first_col)
-    second = advance(advance(second, batch, second_batch), col, second_col)
-    left_offsets = rows[:, None] * left_row + inner[None, :] * left_col  # [BLOCK_M, BLOCK_K]
-    first_offsets = inner[:, None] * first_row + cols[None, :] * first_col  # [BLOCK_K, BLOCK_N]
-    second_offsets = inner[:, None] * second_row + cols[None, :] * second_col  # [BLOCK_K, BLOCK_N]
-
-    first_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    second_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, k, BLOCK_K):
-        left_mask = rows_exist[:, None]
-        right_mask = cols_exist[None, :]
-        if not EVEN_K:
-            inner_exists = inner < k - start
-            left_mask = left_mask & inner_exists[None, :]
-            right_mask = right_mask & inner_exists[:, None]
-        left_tile = tl.load(left + left_offsets, mask=left_mask, other=0.0)
-        first_tile = tl.load(first + first_offsets, mask=right_mask, other=0.0)
-        second_tile = tl.load(second + second_offsets, mask=right_mask, other=0.0)
-        first_sums = tl.dot(left_tile, first_tile, first_sums, input_precision="ieee")
-        second_sums = tl.dot(left_tile, second_tile, second_sums, input_precision="ieee")
-        left = advance(left, BLOCK_K, left_col)
-        first = advance(first, BLOCK_K, first_row)
-        second = advance(second, BLOCK_K, second_row)
-
+    first_sums, second_sums = two_products(
+        advance(advance(left, batch, left_batch), row, left_row),
+        advance(advance(first, batch, first_batch), col, first_col),
+        advance(advance(second, batch, second_batch), col, second_col),
+        m - row, n - col, k, left_row, left_col, first_row, first_col, second_row, second_col,
+        EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if ACTIVATION is None:
         store(first_sums, kept, batch, row, col, m, n, m, WIDE)
         store(second_sums, out, batch, row, col, m, n, m, WIDE)
@@ -139,41 +117,15 @@ def _dx(
     """One tile [BLOCK_M, BLOCK_N] of `dz_gate @ w_gate + dz_up @ w_up`, of contiguous dz [m, k] and turned weights."""
     batch, row, col = _place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    sums = _add_product(
+    sums = add_product(
         sums, element(dz_gate, batch, row, 0, m, k), advance(advance(w_gate, batch, gate_batch), col, gate_col),
-        m - row, n - col, k, gate_row, gate_col, EVEN_K, WIDE, BLOCK_K,
+        m - row, n - col, k, k, 1, gate_row, gate_col, "ieee", EVEN_K, WIDE, BLOCK_K,
     )  # fmt: skip
-    sums = _add_product(
+    sums = add_product(
         sums, element(dz_up, batch, row, 0, m, k), advance(advance(w_up, batch, up_batch), col, up_col),
-        m - row, n - col, k, up_row, up_col, EVEN_K, WIDE, BLOCK_K,
+        m - row, n - col, k, k, 1, up_row, up_col, "ieee", EVEN_K, WIDE, BLOCK_K,
     )  # fmt: skip
     store(sums, dx, batch, row, col, m, n, m, WIDE)
-
-
-@triton.jit
-def _add_product(
-    sums, left, right, rows_left, cols_left, k, right_row, right_col,
-    EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """sums + left @ right, of the rows at `left`, contiguous [rows_left, k], and the columns at `right`."""
-    rows = indices(sums.shape[0], WIDE)
-    cols = indices(sums.shape[1], WIDE)
-    inner = indices(BLOCK_K, WIDE)
-    left_offsets = rows[:, None] * k + inner[None, :]
-    right_offsets = inner[:, None] * right_row + cols[None, :] * right_col
-    for start in range(0, k, BLOCK_K):
-        left_mask = (rows < rows_left)[:, None]
-        right_mask = (cols < cols_left)[None, :]
-        if not EVEN_K:
-            inner_exists = inner < k - start
-            left_mask = left_mask & inner_exists[None, :]
-            right_mask = right_mask & inner_exists[:, None]
-        left_tile = tl.load(left + left_offsets, mask=left_mask, other=0.0)
-        right_tile = tl.load(right + right_offsets, mask=right_mask, other=0.0)
-        sums = tl.dot(left_tile, right_tile, sums, input_precision="ieee")
-        left = advance(left, BLOCK_K, 1)
-        right = advance(right, BLOCK_K, right_row)
-    return sums
 
 
 @triton.jit

@@ -13,15 +13,11 @@ a NaN there, or past the last row, would else reach the sums. Along k the last s
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import pallas as pl
 
-from ..tiles.pallas_activations import activate, derivative
-from ..tiles.pallas_tiles import call_params, elementwise_piece, in_pieces
+from ..tiles.pallas_gate import dz_of_gate
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
 from .pallas_drhs import drhs
@@ -29,8 +25,6 @@ from .pallas_quantized import Matrix, quantized_rows
 from .pallas_rows import rows
 from .spec import INPUTS, GroupedMatmulSpec
 from .tiles import GroupedMatmulConfig
-
-ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 256, 512  # the tile of the kernel that only reads, bends and scales
 
 
 def supports(spec: GroupedMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -69,7 +63,7 @@ def backward(
     others = (None,) * (len(INPUTS) - 3)
     grads, rights = [gradients[0]], [rhs]
     if spec.activation is not None and rhs_up is not None and outputs[1] is not None:
-        grads, rights = _dz(spec.activation, target, gradients[0], outputs[1]), [rhs, rhs_up]
+        grads, rights = list(dz_of_gate(spec.activation, target, gradients[0], outputs[1])), [rhs, rhs_up]
     if spec.format is not None:
         matrices = _matrices(rhs, rhs_up, *scales_and_zeros)
         dlhs, _ = quantized_rows(spec, config.dlhs, target, grads, matrices, sizes, lhs.shape[2])
@@ -82,36 +76,3 @@ def backward(
 def _matrices(rhs: jax.Array, rhs_up: jax.Array | None, *scales_and_zeros: Any) -> list[Matrix]:
     scales, zeros, up_scales, up_zeros = scales_and_zeros
     return [(rhs, scales, zeros)] if rhs_up is None else [(rhs, scales, zeros), (rhs_up, up_scales, up_zeros)]
-
-
-def _dz(activation: str, target: Target, dout: jax.Array, preactivations: jax.Array) -> list[jax.Array]:
-    """The gradients of both products, [batch, tokens, n] each. What the rows of nobody come to is not read."""
-    batch, m, n = dout.shape
-    if not dout.size:
-        return [dout, dout]
-    block_m, block_n = min(ELEMENTWISE_ROWS, m), min(ELEMENTWISE_COLS, n)
-    tile = pl.BlockSpec((None, block_m, block_n), lambda b, i, j: (b, i, j))
-    results: list[jax.Array] = pl.pallas_call(
-        partial(_dz_kernel, activation=activation, piece=elementwise_piece(target)),
-        grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n)),
-        in_specs=[tile, pl.BlockSpec((None, 2, block_m, block_n), lambda b, i, j: (b, 0, i, j))],
-        out_specs=[tile, tile],
-        out_shape=[jax.ShapeDtypeStruct(dout.shape, preactivations.dtype)] * 2,
-        name="grouped_matmul_dz",
-        **call_params(target, ("parallel", "parallel", "parallel")),
-    )(dout, preactivations)
-    return results
-
-
-def _dz_kernel(
-    dout_ref: Any, preactivations_ref: Any, dz_gate_ref: Any, dz_up_ref: Any, *, activation: str, piece: tuple[int, int]
-) -> None:
-    """One tile [m, n] of dz_gate and of dz_up."""
-
-    def bend(rows: Any, cols: Any) -> None:
-        dout = dout_ref[rows, cols].astype(jnp.float32)
-        gate, up = (preactivations_ref[half, rows, cols].astype(jnp.float32) for half in (0, 1))
-        dz_gate_ref[rows, cols] = (dout * up * derivative(activation, gate)).astype(dz_gate_ref.dtype)
-        dz_up_ref[rows, cols] = (dout * activate(activation, gate)).astype(dz_up_ref.dtype)
-
-    in_pieces(dout_ref.shape, piece, bend)

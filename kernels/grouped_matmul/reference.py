@@ -1,39 +1,19 @@
 """The product of each group's rows with its matrix, and the gate, in NumPy, forward and backward: the definition.
 
-float64 inputs are computed in float64, all others in float32. The gate is a GLU variant (Shazeer, arXiv:2002.05202),
-GELU that of Hendrycks & Gimpel (arXiv:1606.08415), exact (`gelu`) and by tanh (`gelu_tanh`), and SiLU `x * sigmoid(x)`.
+float64 inputs are computed in float64, all others in float32. The gate is a GLU variant (Shazeer, arXiv:2002.05202).
 Quantised matrices are what their codes and scales say, exactly, and have no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import erf, pi, sqrt
 from typing import Any
 
 import numpy as np
 
+from ..tiles.activations import activate, derivative
 from ..tiles.formats import FORMATS, weights
 from .spec import INPUTS, GroupedMatmulSpec
-
-_erf = np.vectorize(erf, otypes=[np.float64])
-
-
-def bend(activation: str, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The activation of x and its derivative there, elementwise; relu's derivative is 0 at 0."""
-    if activation == "relu":
-        return np.maximum(x, 0), (x > 0).astype(x.dtype)
-    if activation == "gelu":
-        share = (0.5 * (1 + _erf(x / sqrt(2)))).astype(x.dtype)
-        slope_of_share = np.exp(-0.5 * x * x) / sqrt(2 * pi)
-    elif activation == "gelu_tanh":
-        tanh = np.tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))
-        share = 0.5 * (1 + tanh)
-        slope_of_share = 0.5 * (1 - tanh * tanh) * sqrt(2 / pi) * (1 + 3 * 0.044715 * x * x)
-    else:
-        share = 0.5 * (1 + np.tanh(0.5 * x))  # the sigmoid
-        slope_of_share = share * (1 - share)
-    return x * share, share + x * slope_of_share
 
 
 def rows_of_groups(group_sizes: np.ndarray, tokens: int) -> Iterator[tuple[int, int, slice]]:
@@ -63,7 +43,7 @@ def forward(
                 products[item, half, rows] = _product(lhs[item, rows], weight[item, group])
     out = products[:, 0]
     if spec.activation is not None:
-        out = bend(spec.activation, out)[0] * products[:, 1]
+        out = activate(spec.activation, out) * products[:, 1]
     return out.astype(lhs.dtype), (products.astype(lhs.dtype) if spec.save_preactivations else None)
 
 
@@ -85,8 +65,8 @@ def backward(
         if spec.activation is not None:
             assert outputs[1] is not None, "a backward reads the saved preactivations"
             gate, up = outputs[1][item, :, rows].astype(_wide(lhs))
-            bent, slope = bend(spec.activation, gate)
-            dout, dz_up = dout * up * slope, dout * bent
+            dz_up = dout * activate(spec.activation, gate)
+            dout = dout * up * derivative(spec.activation, gate)
         dlhs[item, rows] = _product(dout, rhs[item, group].T)
         drhs[item, group] = _product(lhs[item, rows].T, dout)
         if rhs_up is not None and drhs_up is not None:

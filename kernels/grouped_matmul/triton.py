@@ -8,28 +8,20 @@ no gradient.
 
 from __future__ import annotations
 
-import sys
-from dataclasses import replace
 from typing import Any
 
-import triton
-import triton.language as tl
-
-from ..tiles.formats import FORMATS
+from ..tiles.formats import FORMATS, bytes_of
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
-from ..tiles.triton_activations import activate, derivative
-from ..tiles.triton_products import element, indices, shrink, strides
-from ..tiles.triton_tiles import advance
+from ..tiles.triton_gate import dz_launch
+from ..tiles.triton_products import transposed
 from .spec import INPUTS, GroupedMatmulSpec
 from .tiles import GroupedMatmulConfig
 from .triton_drhs import drhs_launches
 from .triton_quantized import dlhs_launch, product_launch
-from .triton_rows import fit_rows, gated_launch, rows_launch, turned, wide
+from .triton_rows import fit_rows, gated_launch, rows_launch
 from .triton_schedule import schedule_launch
-
-ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 32, 128  # the tile of the kernel that only reads, bends and scales
 
 
 def supports(spec: GroupedMatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -83,15 +75,15 @@ def backward(
         results["drhs"] = contiguous(rhs.shape, spec.dtype)
     scratch: dict[str, Array] = {}
     launches: list[Launch] = []
-    grads, weights = {"dout": dout}, {"rhs": turned(rhs)}
+    grads, weights = {"dout": dout}, {"rhs": transposed(rhs)}
     if spec.activation is not None and rhs_up is not None and outputs[1] is not None:
         dz = contiguous(dout.shape, spec.dtype)
         scratch |= {"dz_gate": dz, "dz_up": dz}
-        grads, weights = dict(scratch), {**weights, "rhs_up": turned(rhs_up)}
+        grads, weights = dict(scratch), {**weights, "rhs_up": transposed(rhs_up)}
         passed |= {"rhs_up": rhs_up, "preactivations": outputs[1]}
         if spec.format is None:
             results["drhs_up"] = contiguous(rhs_up.shape, spec.dtype)
-        launches.append(_dz_launch(spec.activation, dout))
+        launches.append(dz_launch(spec.activation, dout))
 
     block_m = fit_rows(config.dlhs, lhs.shape[1], rhs.shape[1])
     schedule, scratch["tiles"] = schedule_launch("tiles", sizes, lhs.shape[1], block_m, every=False)
@@ -112,14 +104,9 @@ def completed(
     if spec.format is None or FORMATS[spec.format].storage != "float8_e4m3fn":
         return inputs
     return tuple(
-        _as_bytes(array) if name in ("rhs", "rhs_up") else array for name, array in zip(INPUTS, inputs, strict=True)
+        bytes_of(array) if name in ("rhs", "rhs_up") and array is not None else array
+        for name, array in zip(INPUTS, inputs, strict=True)
     )
-
-
-def _as_bytes(array: Any) -> Any:
-    if array is None or isinstance(array, Array):
-        return array and replace(array, dtype="uint8")
-    return array.view("uint8" if hasattr(array, "astype") else sys.modules["torch"].uint8)
 
 
 def _matrices(rhs: Array, rhs_up: Array | None, scales_and_zeros: tuple[Array | None, ...]) -> dict[str, Array]:
@@ -127,54 +114,3 @@ def _matrices(rhs: Array, rhs_up: Array | None, scales_and_zeros: tuple[Array | 
     named = zip(INPUTS[4:], scales_and_zeros, strict=True)
     found = {"rhs": rhs, "rhs_up": rhs_up, **dict(named)}
     return {name: array for name, array in found.items() if array is not None}
-
-
-@triton.jit(do_not_specialize=["m"])
-def _dz(
-    dout, preactivations, dz_gate, dz_up,
-    m, n, dout_batch, dout_row, dout_col,
-    ACTIVATION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """One tile [BLOCK_M, BLOCK_N] of `dz_gate = dout * up * activation'(gate)` and `dz_up = dout * activation(gate)`.
-
-    dout has any strides; preactivations are contiguous [batch, 2, m, n], the results [batch, m, n]. What the rows of
-    nobody come to is not read.
-    """
-    tiles_m = tl.cdiv(m, BLOCK_M)
-    tiles_n = tl.cdiv(n, BLOCK_N)
-    batch = tl.program_id(0) // (tiles_m * tiles_n)
-    row = tl.program_id(0) // tiles_n % tiles_m * BLOCK_M
-    col = tl.program_id(0) % tiles_n * BLOCK_N
-    rows = indices(BLOCK_M, WIDE)
-    cols = indices(BLOCK_N, WIDE)
-    exists = (rows < m - row)[:, None] & (cols < n - col)[None, :]
-    offsets = rows[:, None] * n + cols[None, :]
-    dout = advance(advance(advance(dout, batch, dout_batch), row, dout_row), col, dout_col)
-    gradient = tl.load(dout + rows[:, None] * dout_row + cols[None, :] * dout_col, mask=exists, other=0.0)
-    gradient = gradient.to(tl.float32)
-    gate = tl.load(element(preactivations, 2 * batch, row, col, m, n) + offsets, mask=exists, other=0.0)
-    gate = gate.to(tl.float32)
-    up = tl.load(element(preactivations, 2 * batch + 1, row, col, m, n) + offsets, mask=exists, other=0.0)
-    dgate = gradient * up.to(tl.float32) * derivative(gate, ACTIVATION)
-    dup = gradient * activate(gate, ACTIVATION)
-    tl.store(element(dz_gate, batch, row, col, m, n) + offsets, dgate.to(dz_gate.dtype.element_ty), mask=exists)
-    tl.store(element(dz_up, batch, row, col, m, n) + offsets, dup.to(dz_up.dtype.element_ty), mask=exists)
-
-
-def _dz_launch(activation: str, dout: Array) -> Launch:
-    """The launch that reads dout and the preactivations once."""
-    batch, m, n = dout.shape
-    block_m, block_n = shrink("rows", ELEMENTWISE_ROWS, m), shrink("cols", ELEMENTWISE_COLS, n)
-    return Launch(
-        _dz,
-        (batch * triton.cdiv(m, block_m) * triton.cdiv(n, block_n),),
-        inputs=("dout", "preactivations"),
-        outputs=("dz_gate", "dz_up"),
-        numbers={"m": m, "n": n, **strides("dout", dout)},
-        constants={
-            "ACTIVATION": activation,
-            "WIDE": wide((dout, block_m, block_n), (contiguous(dout.shape, ""), block_m, block_n)),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-        },
-    )

@@ -12,10 +12,21 @@ import triton
 import triton.language as tl
 
 from ..tiles.launch import Array, Launch, contiguous
-from ..tiles.triton_products import element, halves, indices, shrink, strides, warps
+from ..tiles.triton_products import (
+    EPILOGUE_COLS,
+    element,
+    halves,
+    indices,
+    runs_along_rows,
+    shrink,
+    store,
+    strides,
+    warps,
+    wide,
+)
 from ..tiles.triton_tiles import advance
 from .tiles import GroupedMatmulTiles
-from .triton_rows import EPILOGUE_COLS, Named, runs_along_rows, store, wide
+from .triton_rows import Named
 from .triton_schedule import SIZES, entry, partial_slots, rows_of_group, schedule_launch
 
 PROGRAMS = 512  # as many as keep the cores of any chip at work

@@ -15,13 +15,14 @@ import triton.language as tl
 
 from ..tiles.formats import FORMATS, HALF
 from ..tiles.launch import Array, Launch, contiguous
-from ..tiles.triton_formats import ROWS_APART, as_bytes, is_packed, numbers_of, scale_of, scaled
+from ..tiles.triton_formats import ROWS_APART, as_bytes, is_packed, weights_of
 from ..tiles.triton_formats import place as rows_of_codes
-from ..tiles.triton_products import indices, shrink, strides, warps
+from ..tiles.triton_gate import store_gated
+from ..tiles.triton_products import indices, shrink, store, strides, warps, wide
 from ..tiles.triton_tiles import advance
 from .spec import GroupedMatmulSpec
 from .tiles import GroupedMatmulTiles
-from .triton_rows import place, store, store_gated, wide
+from .triton_rows import place
 from .triton_schedule import entry
 
 Named = Mapping[str, Array]
@@ -84,13 +85,13 @@ def _quantized(
             if not EVEN_K:
                 left_mask = left_mask & (inner < k - start)[None, :]
             left_tile = tl.load(advance(left, start, left_col) + left_offsets, mask=left_mask, other=0.0)
-            w = _weights(
+            w = weights_of(
                 codes, scales, zeros, start, cols_exist, scale_groups, scales_row, zeros_row,
                 FORMAT, GROUP_SIZE, HAS_ZEROS, high, GROUP_SIZE > 0, left_tile.dtype,
             )  # fmt: skip
             sums = tl.dot(left_tile, w, sums, input_precision="ieee")
             if GATED:
-                w_up = _weights(
+                w_up = weights_of(
                     codes_up, scales_up, zeros_up, start, cols_exist, scale_groups, scales_up_row, zeros_up_row,
                     FORMAT, GROUP_SIZE, HAS_ZEROS, high, GROUP_SIZE > 0, left_tile.dtype,
                 )  # fmt: skip
@@ -180,13 +181,13 @@ def _add_transposed(
         codes = tl.load(advance(right, start, right_col) + offsets, mask=mask, other=0)
         of_columns = advance(scales, start, scales_col) + cols * scales_col
         zeros_of_columns = advance(zeros, start, zeros_col) + cols * zeros_col if HAS_ZEROS else 0
-        w = _weights(
+        w = weights_of(
             codes, of_columns, zeros_of_columns, first, cols_exist, scale_groups, scales_row, zeros_row,
             FORMAT, GROUP_SIZE, HAS_ZEROS, False, True, tile.dtype,
         )  # fmt: skip
         low = tl.dot(tile, tl.trans(w), low, input_precision="ieee")
         if is_packed(FORMAT):
-            w = _weights(
+            w = weights_of(
                 codes, of_columns, zeros_of_columns, first + ROWS_APART, cols_exist, scale_groups, scales_row,
                 zeros_row, FORMAT, GROUP_SIZE, HAS_ZEROS, True, True, tile.dtype,
             )  # fmt: skip
@@ -198,25 +199,6 @@ def _add_transposed(
 def _of_group(pointer, batch, group, index, batch_stride, group_stride, stride):
     """The pointer to a group's matrix, `index` rows or columns on."""
     return advance(advance(advance(pointer, batch, batch_stride), group, group_stride), index, stride)
-
-
-@triton.jit
-def _weights(
-    codes, scales, zeros, first, exists, scale_groups, scales_row, zeros_row,
-    FORMAT: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZEROS: tl.constexpr, HIGH: tl.constexpr,
-    SCALED: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A tile of weights [k, n] whose first row is `first`; scales and zeros are those of its columns."""
-    # Past the end of k there is no group, and nothing of the left operand either.
-    scale_group = tl.minimum(first // GROUP_SIZE, scale_groups - 1) if GROUP_SIZE else 0
-    zero = 0
-    if HAS_ZEROS:
-        zero = tl.load(advance(zeros, scale_group, zeros_row), mask=exists, other=0)[None, :]
-    w = numbers_of(codes, zero, FORMAT, HIGH, HAS_ZEROS, DTYPE)
-    if SCALED:
-        stored = tl.load(advance(scales, scale_group, scales_row), mask=exists, other=0)
-        w = scaled(w, scale_of(stored, FORMAT, DTYPE)[None, :], DTYPE)
-    return w
 
 
 # Launches

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tiles.triton_epilogue import epilogue
-from ..tiles.triton_products import element, grouped, indices
+from ..tiles.triton_products import add_product, element, grouped
 from ..tiles.triton_tiles import advance
 
 
@@ -91,9 +91,9 @@ def _item(
     else:
         a = advance(advance(advance(a, batch, a_batch), row, a_row), begin, a_col)
         b = advance(advance(advance(b, batch, b_batch), col, b_col), begin, b_row)
-        sums = _sum_by_addresses(
-            a, b, m - row, n - col, end - begin, a_row, a_col, b_row, b_col,
-            PRECISION, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+        sums = add_product(
+            tl.zeros([BLOCK_M, BLOCK_N], tl.float32), a, b, m - row, n - col, end - begin, a_row, a_col, b_row, b_col,
+            PRECISION, EVEN_K, WIDE, BLOCK_K,
         )  # fmt: skip
 
     if PARTS:
@@ -134,36 +134,6 @@ def _sum_by_descriptors(
         else:
             b_tile = b.load([start, col])
         sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION)
-    return sums
-
-
-@triton.jit
-def _sum_by_addresses(
-    a, b, rows_left, cols_left, length, a_row, a_col, b_row, b_col,
-    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """The same over `length` of k of arrays of any strides, whose tiles begin at a and b."""
-    rows = indices(BLOCK_M, WIDE)
-    cols = indices(BLOCK_N, WIDE)
-    inner = indices(BLOCK_K, WIDE)
-    a_offsets = rows[:, None] * a_row + inner[None, :] * a_col  # [BLOCK_M, BLOCK_K]
-    b_offsets = inner[:, None] * b_row + cols[None, :] * b_col  # [BLOCK_K, BLOCK_N]
-    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, length, BLOCK_K):
-        a_mask = (rows < rows_left)[:, None]
-        b_mask = (cols < cols_left)[None, :]
-        if not EVEN_K:
-            # One comparison a step keeps the loop in one piece, which the compilers pipeline; a peeled tail would be
-            # a second copy of the dot and of its buffers.
-            inner_exists = inner < length - start
-            a_mask = a_mask & inner_exists[None, :]
-            b_mask = b_mask & inner_exists[:, None]
-        a_tile = tl.load(a + a_offsets, mask=a_mask, other=0.0)
-        b_tile = tl.load(b + b_offsets, mask=b_mask, other=0.0)
-        sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION)
-        a = advance(a, BLOCK_K, a_col)
-        b = advance(b, BLOCK_K, b_row)
     return sums
 
 

@@ -8,13 +8,12 @@ sums in order.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
 import triton
 
-from ..tiles.formats import FORMATS, HALF, MX_GROUP, group_count
+from ..tiles.formats import FORMATS, HALF, MX_GROUP, bytes_of, group_count
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from ..tiles.reasons import triton_reasons
 from ..tiles.targets import Target
@@ -56,9 +55,7 @@ def completed(
     if spec.a_format is not None or FORMATS[spec.format].storage != "float8_e4m3fn":
         return inputs
     a, values, *rest = inputs
-    if isinstance(values, Array):
-        return (a, replace(values, dtype="uint8"), *rest)
-    return (a, values.view("uint8" if hasattr(values, "astype") else sys.modules["torch"].uint8), *rest)
+    return (a, bytes_of(values), *rest)
 
 
 def forward(

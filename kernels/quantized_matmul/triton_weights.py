@@ -16,8 +16,7 @@ from ..tiles.triton_formats import (
     is_packed,
     numbers_of,
     place,
-    scale_of,
-    scaled,
+    weights_of,
 )
 from ..tiles.triton_products import element, grouped, indices, store
 from ..tiles.triton_tiles import advance
@@ -79,14 +78,10 @@ def product(
                 a_mask = a_mask & (inner < k - start)[None, :]
             a_tile = tl.load(advance(a, start, a_col) + a_offsets, mask=a_mask, other=0.0)
             if GROUP_SIZE:
-                # Past the end of k there is no group, and nothing of a either.
-                group = tl.minimum(start // GROUP_SIZE, groups - 1)
-                stored = tl.load(advance(scales, group, scales_row), mask=cols_exist, other=0)[None, :]
-                zero = 0
-                if HAS_ZEROS:
-                    zero = tl.load(advance(zeros, group, zeros_row), mask=cols_exist, other=0)[None, :]
-                w = numbers_of(codes, zero, FORMAT, high, HAS_ZEROS, a_tile.dtype)
-                w = scaled(w, scale_of(stored, FORMAT, a_tile.dtype), a_tile.dtype)
+                w = weights_of(
+                    codes, scales, zeros, start, cols_exist, groups, scales_row, zeros_row,
+                    FORMAT, GROUP_SIZE, HAS_ZEROS, high, True, a_tile.dtype,
+                )  # fmt: skip
             else:
                 w = numbers_of(codes, zero_of_column, FORMAT, high, HAS_ZEROS, a_tile.dtype)
             sums = tl.dot(a_tile, w, sums, input_precision="ieee")
@@ -152,43 +147,23 @@ def product_with_transpose(
             code_mask = code_mask & cols_exist[None, :]
         dz_tile = tl.load(advance(dz, start, dz_col) + dz_offsets, mask=dz_mask, other=0.0)
         codes = tl.load(advance(values, start, values_col) + w_offsets, mask=code_mask, other=0)
-        low = _weights(
-            codes, scales, zeros, first, start, cols, n, groups,
-            scales_row, scales_col, zeros_row, zeros_col,
-            FORMAT, GROUP_SIZE, HAS_ZEROS, False, dz_tile.dtype,
+        of_columns = advance(scales, start, scales_col) + cols * scales_col
+        zeros_of_columns = advance(zeros, start, zeros_col) + cols * zeros_col if HAS_ZEROS else 0
+        low = weights_of(
+            codes, of_columns, zeros_of_columns, first, cols_exist, groups, scales_row, zeros_row,
+            FORMAT, GROUP_SIZE, HAS_ZEROS, False, True, dz_tile.dtype,
         )  # fmt: skip
         low_sums = tl.dot(dz_tile, tl.trans(low), low_sums, input_precision="ieee")
         if is_packed(FORMAT):
-            high = _weights(
-                codes, scales, zeros, first + apart, start, cols, n, groups,
-                scales_row, scales_col, zeros_row, zeros_col,
-                FORMAT, GROUP_SIZE, HAS_ZEROS, True, dz_tile.dtype,
+            high = weights_of(
+                codes, of_columns, zeros_of_columns, first + apart, cols_exist, groups, scales_row, zeros_row,
+                FORMAT, GROUP_SIZE, HAS_ZEROS, True, True, dz_tile.dtype,
             )  # fmt: skip
             high_sums = tl.dot(dz_tile, tl.trans(high), high_sums, input_precision="ieee")
 
     _store_columns(low_sums, da, batch, row, first, between, m, k, WIDE)
     if is_packed(FORMAT):
         _store_columns(high_sums, da, batch, row, first + apart, between, m, k, WIDE)
-
-
-@triton.jit
-def _weights(
-    codes, scales, zeros, first, start, cols, n, groups, scales_row, scales_col, zeros_row, zeros_col,
-    FORMAT: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZEROS: tl.constexpr, HIGH: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """A tile of weights [k, n], scaled: of the group that row `first` is in, and of columns from `start`."""
-    exists = cols < n - start
-    group = tl.minimum(first // GROUP_SIZE, groups - 1) if GROUP_SIZE else 0
-    stored = tl.load(
-        advance(advance(scales, group, scales_row), start, scales_col) + cols * scales_col, mask=exists, other=0
-    )
-    zero = 0
-    if HAS_ZEROS:
-        zero = tl.load(
-            advance(advance(zeros, group, zeros_row), start, zeros_col) + cols * zeros_col, mask=exists, other=0
-        )[None, :]
-    numbers = numbers_of(codes, zero, FORMAT, HIGH, HAS_ZEROS, DTYPE)
-    return scaled(numbers, scale_of(stored, FORMAT, DTYPE)[None, :], DTYPE)
 
 
 @triton.jit

@@ -47,12 +47,14 @@ How codes lie in memory:
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import frexp
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from .launch import Array
 
 HALF = 128  # rows of codes of 4 bits lie this far from the row that shares their bytes
 GROUP_SIZES = (32, 64, 128)
@@ -388,6 +390,13 @@ def cast(array: Any, dtype: str) -> Any:
     if hasattr(array, "astype"):
         return array.astype(np.dtype(getattr(ml_dtypes, dtype, dtype)))
     return array.to(getattr(sys.modules["torch"], dtype))
+
+
+def bytes_of(codes: Any) -> Any:
+    """Codes of float8 as bytes, of any framework or as a plan knows them: not every GPU's compiler has a float8."""
+    if isinstance(codes, Array):
+        return replace(codes, dtype="uint8")
+    return codes.view("uint8" if hasattr(codes, "astype") else sys.modules["torch"].uint8)
 
 
 def _as_float32(bits: Any) -> Any:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .formats import E8M0_BIAS, E8M0_NAN, FORMATS, HALF, MX_GROUP, SMALLEST_SCALE
+from .triton_tiles import advance
 
 ROWS_APART = tl.constexpr(HALF)  # of two codes that share a byte
 GROUP = tl.constexpr(MX_GROUP)
@@ -142,6 +143,25 @@ def scale_of(stored, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     else:
         scale = stored
     return scale
+
+
+@triton.jit
+def weights_of(
+    codes, scales, zeros, first, exists, groups, scales_row, zeros_row,
+    FORMAT: tl.constexpr, GROUP_SIZE: tl.constexpr, HAS_ZEROS: tl.constexpr, HIGH: tl.constexpr,
+    SCALED: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of weights [k, n] whose first row is `first`; scales and zeros point to those of its columns."""
+    # Past the end of k there is no group, and nothing of the left operand either.
+    group = tl.minimum(first // GROUP_SIZE, groups - 1) if GROUP_SIZE else 0
+    zero = 0
+    if HAS_ZEROS:
+        zero = tl.load(advance(zeros, group, zeros_row), mask=exists, other=0)[None, :]
+    weights = numbers_of(codes, zero, FORMAT, HIGH, HAS_ZEROS, DTYPE)
+    if SCALED:
+        stored = tl.load(advance(scales, group, scales_row), mask=exists, other=0)
+        weights = scaled(weights, scale_of(stored, FORMAT, DTYPE)[None, :], DTYPE)
+    return weights
 
 
 # From numbers to codes

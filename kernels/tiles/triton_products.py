@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import Array
-from .triton_tiles import needs_wide_offsets
+from .triton_tiles import advance, needs_wide_offsets
 
 EPILOGUE_COLS = tl.constexpr(32)  # of a wide tile are finished and stored at a time, for the sake of the registers
 
@@ -59,13 +59,73 @@ def store(tile, out, batch, row, col, rows_total, n, end, WIDE: tl.constexpr):
         tl.store(pointers, tile.to(out.dtype.element_ty), mask=exists)
 
 
+@triton.jit
+def add_product(
+    sums, left, right, rows_left, cols_left, k, left_row, left_col, right_row, right_col,
+    PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """sums + left @ right, of the rows at `left` [rows_left, k] and the columns at `right` [k, cols_left]."""
+    rows = indices(sums.shape[0], WIDE)
+    cols = indices(sums.shape[1], WIDE)
+    inner = indices(BLOCK_K, WIDE)
+    left_offsets = rows[:, None] * left_row + inner[None, :] * left_col  # [BLOCK_M, BLOCK_K]
+    right_offsets = inner[:, None] * right_row + cols[None, :] * right_col  # [BLOCK_K, BLOCK_N]
+    for start in range(0, k, BLOCK_K):
+        left_mask = (rows < rows_left)[:, None]
+        right_mask = (cols < cols_left)[None, :]
+        if not EVEN_K:
+            # One comparison a step keeps the loop in one piece, which the compilers pipeline; a peeled tail would be
+            # a second copy of the dot and of its buffers.
+            inner_exists = inner < k - start
+            left_mask = left_mask & inner_exists[None, :]
+            right_mask = right_mask & inner_exists[:, None]
+        left_tile = tl.load(left + left_offsets, mask=left_mask, other=0.0)
+        right_tile = tl.load(right + right_offsets, mask=right_mask, other=0.0)
+        sums = tl.dot(left_tile, right_tile, sums, input_precision=PRECISION)
+        left = advance(left, BLOCK_K, left_col)
+        right = advance(right, BLOCK_K, right_row)
+    return sums
+
+
+@triton.jit
+def two_products(
+    left, first, second, rows_left, cols_left, k, left_row, left_col, first_row, first_col, second_row, second_col,
+    EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`left @ first` and `left @ second` [BLOCK_M, BLOCK_N], in one loop that reads left once."""
+    rows = indices(BLOCK_M, WIDE)
+    cols = indices(BLOCK_N, WIDE)
+    inner = indices(BLOCK_K, WIDE)
+    left_offsets = rows[:, None] * left_row + inner[None, :] * left_col  # [BLOCK_M, BLOCK_K]
+    first_offsets = inner[:, None] * first_row + cols[None, :] * first_col  # [BLOCK_K, BLOCK_N]
+    second_offsets = inner[:, None] * second_row + cols[None, :] * second_col  # [BLOCK_K, BLOCK_N]
+    first_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    second_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k, BLOCK_K):
+        left_mask = (rows < rows_left)[:, None]
+        right_mask = (cols < cols_left)[None, :]
+        if not EVEN_K:
+            inner_exists = inner < k - start
+            left_mask = left_mask & inner_exists[None, :]
+            right_mask = right_mask & inner_exists[:, None]
+        left_tile = tl.load(left + left_offsets, mask=left_mask, other=0.0)
+        first_tile = tl.load(first + first_offsets, mask=right_mask, other=0.0)
+        second_tile = tl.load(second + second_offsets, mask=right_mask, other=0.0)
+        first_sums = tl.dot(left_tile, first_tile, first_sums, input_precision="ieee")
+        second_sums = tl.dot(left_tile, second_tile, second_sums, input_precision="ieee")
+        left = advance(left, BLOCK_K, left_col)
+        first = advance(first, BLOCK_K, first_row)
+        second = advance(second, BLOCK_K, second_row)
+    return first_sums, second_sums
+
+
 # Launches
 
 
 def transposed(array: Array) -> Array:
     """The view with its last two axes swapped."""
-    (batch, rows, cols), (batch_stride, row, col) = array.shape, array.strides
-    return Array((batch, cols, rows), array.dtype, (batch_stride, col, row), array.aligned)
+    (*lead, rows, cols), (*lead_strides, row, col) = array.shape, array.strides
+    return Array((*lead, cols, rows), array.dtype, (*lead_strides, col, row), array.aligned)
 
 
 def shrink(name: str, block: int, size: int) -> int:
@@ -92,13 +152,17 @@ def strides(name: str, array: Array | None, *axes: str) -> dict[str, int]:
 
 def wide(*tiles: tuple[Array, int, int]) -> bool:
     """Whether offsets inside one of these tiles (array, rows, columns) need 64 bits."""
-    return needs_wide_offsets((rows, cols, array.strides[1], array.strides[2]) for array, rows, cols in tiles)
+    return needs_wide_offsets((rows, cols, array.strides[-2], array.strides[-1]) for array, rows, cols in tiles)
+
+
+def runs_along_rows(array: Array) -> bool:
+    """Whether 16 elements of a row lie side by side, so that one address serves a wide load from any row on."""
+    return array.strides[-1] == 1 and array.shape[-1] % 16 == 0 and array.strides[-2] % 16 == 0
 
 
 def has_runs(array: Array) -> bool:
-    """Whether 16 elements lie side by side wherever a tile begins, so that one address serves a wide load."""
-    along = [axis for axis in (1, 2) if array.strides[axis] == 1 and array.shape[axis] % 16 == 0]
-    return any(array.strides[3 - axis] % 16 == 0 for axis in along)
+    """The same along rows, or along columns from every 16th row on."""
+    return runs_along_rows(array) or runs_along_rows(transposed(array))
 
 
 def has_descriptor(array: Array, item_bytes: int) -> bool:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from crosstile.bench import packed
 from crosstile.bench.cli import app
-from crosstile.bench.gpu import compiled_launch
+from crosstile.bench.gpu import compiled_launch, specialise
 from crosstile.bench.programs import Job, gpu_plan
 from crosstile.bench.shape import numpy_dtype
 from crosstile.bench.shapes import SHAPES
@@ -26,18 +26,22 @@ def plan_of(job):
     return plan.launches, {**plan.inputs, **plan.outputs, **plan.scratch}
 
 
+def key_of(launch, arrays):
+    return packed.key_of(launch, specialise(launch, arrays, SM_90))
+
+
 def test_a_key_says_all_that_the_compiler_was_told():
     (launch, *_), arrays = plan_of(NORM)
-    key = packed.key_of(launch, arrays, SM_90)
-    assert key == packed.key_of(launch, arrays, SM_90)
+    key = key_of(launch, arrays)
+    assert key == key_of(launch, arrays)
     name = launch.inputs[0]
     odd = {**arrays, name: replace(arrays[name], aligned=False)}
     other = {**arrays, name: replace(arrays[name], dtype="float32")}
     changed = [
-        packed.key_of(launch, odd, SM_90),
-        packed.key_of(launch, other, SM_90),
-        packed.key_of(replace(launch, num_warps=1), arrays, SM_90),
-        packed.key_of(replace(launch, num_stages=7), arrays, SM_90),
+        key_of(launch, odd),
+        key_of(launch, other),
+        key_of(replace(launch, num_warps=1), arrays),
+        key_of(replace(launch, num_stages=7), arrays),
     ]
     assert len({key, *changed}) == 5
 
@@ -60,7 +64,7 @@ def test_a_launch_gives_what_the_program_takes(job):
             torch.empty(1, dtype=getattr(torch, str(numpy_dtype(arrays[name].dtype)))) if name else None
             for name in (*launch.inputs, *launch.outputs)
         ]
-        given = packed.arguments(launch, arrays, SM_90, tensors)
+        given = packed.arguments(launch, specialise(launch, arrays, SM_90)[0], tensors)
         ptx = compiled_launch(launch, arrays, SM_90).asm["ptx"]
         entry = re.search(r"\.entry [^(]*\((.*?)\)", ptx, re.DOTALL).group(1)
         taken = [sizes[kind] for kind in re.findall(r"\.param \.(\w+)", entry)]
@@ -73,7 +77,7 @@ def test_a_launch_gives_what_the_program_takes(job):
 def test_pack_writes_each_program_once(tmp_path):
     assert list(packed.pack([NORM], tmp_path)) == [NORM]
     launches, arrays = plan_of(NORM)
-    keys = {packed.key_of(launch, arrays, SM_90) for launch in launches}
+    keys = {key_of(launch, arrays) for launch in launches}
     assert {file.stem for file in tmp_path.glob("*.cubin")} == keys
     for key in keys:
         facts = packed.Program(**json.loads((tmp_path / f"{key}.json").read_text()))

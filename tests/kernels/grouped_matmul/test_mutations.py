@@ -45,6 +45,7 @@ class Mutation(NamedTuple):
     problem: str = "plain"
 
 
+PR, G, F = "tiles/triton_products", "tiles/triton_gate", "tiles/triton_formats"
 S, W, D, T = "triton_schedule", "triton_rows", "triton_drhs", "triton"
 Q, PQ = "triton_quantized", "pallas_quantized"
 V, PW, PD, PP, R = "pallas_schedule", "pallas_rows", "pallas_drhs", "pallas_products", "reference"
@@ -56,12 +57,12 @@ MUTATIONS = (
     Mutation("nobody's rows multiplied", W, "length = tl.where(group < groups, k, 0)", "length = k"),
     Mutation("the first matrix for all", W, "advance(advance(advance(right, batch, right_batch), group, right_group)",
              "advance(advance(advance(right, batch, right_batch), 0, right_group)"),
-    Mutation("k past the end counts", W, "inner_exists = inner < k - start", "inner_exists = inner < k"),
-    Mutation("up not gated", W, "activate(gate, ACTIVATION) * up", "activate(gate, ACTIVATION)", "gated"),
-    Mutation("kept in the other order", W, "store(gate, kept, 2 * batch, ", "store(up, kept, 2 * batch, ", "gated"),
+    Mutation("k past the end counts", PR, "inner_exists = inner < k - start", "inner_exists = inner < k"),
+    Mutation("up not gated", G, "activate(gate, ACTIVATION) * up", "activate(gate, ACTIVATION)", "gated"),
+    Mutation("kept in the other order", G, "store(gate, kept, 2 * batch, ", "store(up, kept, 2 * batch, ", "gated"),
     Mutation("dlhs of gate alone", W, '["TWO"] = bool(left_up)', '["TWO"] = False', "gated"),
-    Mutation("the other batch's rows", W, "left = advance(advance(left, batch, left_batch)",
-             "left = advance(advance(left, 0, left_batch)", "batch"),
+    Mutation("the other batch's rows", W, "advance(advance(left, batch, left_batch)",
+             "advance(advance(left, 0, left_batch)", "batch"),
     Mutation("rows past the group", D, "exists = inner < end - start", "exists = inner < tokens - start"),
     Mutation("an empty group is not written", D, "if end < first:", "if end <= first:"),
     Mutation("one chunk forgotten", D, "range(before_it, before_it + count)", "range(before_it + 1, before_it + count)",
@@ -69,7 +70,7 @@ MUTATIONS = (
     Mutation("up's partial sum for both", D, "partial) * (2 if TWO else 1)", "partial) * 1", "long"),
     Mutation("only the first chunk", D, "if count <= 1:", "if count <= 9:", "long"),
     Mutation("results exchanged", D, '("drhs_up", "partials", "drhs")', '("drhs", "partials", "drhs_up")', "gated"),
-    Mutation("slope forgotten", T, "* derivative(gate, ACTIVATION)", "* activate(gate, ACTIVATION)", "gated"),
+    Mutation("slope forgotten", G, "* derivative(gate, ACTIVATION)", "* activate(gate, ACTIVATION)", "gated"),
     Mutation("a straddled block visited once", V, "(ends - 1) // block - firsts // block + 1",
              "(ends - firsts + block - 1) // block"),
     Mutation("nobody's rows not visited", V, "constant_values=tokens", "constant_values=0"),
@@ -88,15 +89,15 @@ MUTATIONS = (
     Mutation("an empty group is not zero", PD, "@pl.when(begins & (first >= end))", "@pl.when(begins & (first > end))"),
     Mutation("lower parts forgotten", PP, "return found + jnp.where(jnp.isnan(low), 0, low)", "return found"),
     Mutation("each step begins anew", PP, "begins & (inner.start == 0)", "True"),
-    Mutation("scale dropped", Q, "w = scaled(w, scale_of(stored, FORMAT, DTYPE)[None, :], DTYPE)", "w = w",
-             "int4"),
+    Mutation("scale dropped", F, "weights = scaled(weights, scale_of(stored, FORMAT, DTYPE)[None, :], DTYPE)",
+             "weights = weights", "int4"),
     Mutation("a column's scale dropped", Q, "sums *= tl.load(scales, mask=cols_exist, other=0.0)",
              "sums *= 0.0 * tl.load(scales, mask=cols_exist, other=0.0)", "column"),
     Mutation("up's scale is gate's", Q, "sums_up *= tl.load(scales_up,", "sums_up *= tl.load(scales,", "column"),
-    Mutation("zeros dropped", Q, "numbers_of(codes, zero, FORMAT, HIGH, HAS_ZEROS, DTYPE)",
+    Mutation("zeros dropped", F, "numbers_of(codes, zero, FORMAT, HIGH, HAS_ZEROS, DTYPE)",
              "numbers_of(codes, zero & 0, FORMAT, HIGH, HAS_ZEROS, DTYPE)", "zeros"),
-    Mutation("zeros of the first group of k", Q, "advance(zeros, scale_group, zeros_row)", "zeros", "zeros"),
-    Mutation("scale of the first group of k", Q, "advance(scales, scale_group, scales_row)", "scales", "int4"),
+    Mutation("zeros of the first group of k", F, "advance(zeros, group, zeros_row)", "zeros", "zeros"),
+    Mutation("scale of the first group of k", F, "advance(scales, group, scales_row)", "scales", "int4"),
     Mutation("scales of the first matrix", Q, "scales = _of_group(scales, batch, group, col",
              "scales = _of_group(scales, batch, 0, col", "int4"),
     Mutation("dlhs by the scales of the first matrix", Q, "_of_group(scales, batch, group, 0, scales_batch",
@@ -119,13 +120,13 @@ MUTATIONS = (
     Mutation("scales of the matrix before", R, "_matrices(spec, lhs, rhs, rhs_up, *scales_and_zeros)",
              "_matrices(spec, lhs, rhs, rhs_up, *(s if s is None else np.roll(s, 1, 1) for s in scales_and_zeros))",
              "int4"),
-    Mutation("up's gradient not bent", R, "dout * bent", "dout * gate", "gated"),
+    Mutation("up's gradient not bent", R, "dout * activate(spec.activation, gate)", "dout * gate", "gated"),
     Mutation("rows of the group before", R, "first, end = end,", "first, end = first if group else 0,") ,
 )  # fmt: skip
 
 
 def kernel_of(file: str) -> str:
-    return file.split("_")[0]
+    return file.split("/")[-1].split("_")[0]
 
 
 def worst(op: ModuleType, kernel: str, name: str) -> float:

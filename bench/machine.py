@@ -98,8 +98,8 @@ class _Operands:
 class Delay:
     """The cycles that still run after a branch.
 
-    `packed`: one empty bundle may stand for the last of them, however many (v7x). It does where a region starts behind
-    it, or where none ends with the whole delay.
+    `packed`: one empty bundle may stand for several of them (v7x). Then the delay lasts until the region's end, if that
+    is within it, else until the empty bundle.
     """
 
     cycles: int
@@ -107,12 +107,16 @@ class Delay:
 
     def after(self, program: Program, branch: int) -> int:
         """The first bundle that a taken branch skips."""
-        last = branch + self.cycles
-        if self.packed:
-            for at in range(branch + 1, min(last + 1, len(program.bundles))):
-                if not program.bundles[at] and (at + 1 in program.starts or last not in program.ends):
-                    return at + 1
-        return last + 1
+        behind = range(branch + 1, min(branch + self.cycles + 1, len(program.bundles)))
+        empty = next((at for at in behind if not program.bundles[at]), None) if self.packed else None
+        if empty is None:
+            return branch + self.cycles + 1
+        for at in behind[empty - branch :]:
+            if at in program.starts:
+                break
+            if at in program.ends:
+                return at + 1
+        return empty + 1
 
 
 class Machine:

@@ -72,6 +72,13 @@ def test_one_empty_bundle_may_stand_for_a_whole_delay():
     assert Machine(program, Delay(6, packed=True)).run(MEMORY).cycles == 1 + 5 * (4 + 6) + 1
 
 
+def test_an_empty_bundle_may_stand_for_some_of_a_delay_before_the_bundles_that_end_it():
+    moved = ("", "%s8_s3 = smov %s3_s4", " # End region 7", "%9 = vst %v6_v1")  # what the next trip counts on
+    loop = (line.replace("%s3_s3 =", "%s3_s4 =").replace("%s3_s3,", "%s3_s4,") for line in LOOP[2:5])
+    program = bundles(LOOP[0], LOOP[1].replace("%s3_s3", "%s8_s3"), *loop, *moved)
+    assert Machine(program, Delay(6, packed=True)).run(MEMORY).cycles == 1 + 5 * (4 + 6) + 1
+
+
 def test_a_branch_not_taken_falls_through_and_one_without_a_region_ends():
     skip = ("%p1_p0 = scmp.eq.s32.totalorder {}, 1", "%2 = sbr.rel (%p1_p0) target = $region9", "", "%3 = vmov 0")
     for value, cycles in ((0, 4), (1, 3)):

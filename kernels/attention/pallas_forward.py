@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,11 @@ from ..tiles.pallas_tiles import (
 )
 from ..tiles.targets import Target
 from .pallas_scores import Place, Scores, spread
-from .pallas_tiling import Tiling
+from .pallas_tiling import Seen, Tiling
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
-_PIECE = 64  # rows of weights in registers at a time
+_PIECE = 32  # rows of weights in registers at a time
 
 
 def forward(
@@ -56,8 +57,11 @@ def forward(
     key_bytes = 2 * width * k.dtype.itemsize  # the stretch that is computed with, and the next one
     for plane in scores.planes:
         key_bytes += (2 * plane.itemsize if plane.queries else 4) * block_q if plane.keys else 0
-    query_bytes = 2 * width * q.dtype.itemsize + 4 * (v_dim + block_kv)
+    item_bytes = q.dtype.itemsize
+    query_bytes = 2 * width * item_bytes + 4 * v_dim + (4 + item_bytes) * block_kv
     major, stretches = stretch(kv_len, block_kv, key_bytes, stretch_room(block_q * query_bytes, target))
+    if stretches > 1:  # the last tile of a stretch may be any
+        tiling = replace(tiling, diagonal=False)
 
     def kv_stretch(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
         # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
@@ -134,8 +138,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
     """One tile of queries against a stretch of keys.
 
     The scores of the next tile are computed while the present one is exponentiated and summed: one keeps the matrix
-    unit busy, the other the vector units. scores_ref passes each part on, written just after it was read. Weights go
-    through memory a piece at a time, and the statistics stay there: registers hold no more than a piece.
+    unit busy, the other the vector units. Both go strip by strip, which have nothing to do with each other, so that
+    the compiler finds work for both units everywhere. scores_ref passes each part on, written just after it was read.
     """
     scalars, refs = refs[: tiling.prefetched], refs[tiling.prefetched :]
     q_ref, k_ref, v_ref = refs[:3]  # [head_dim, block_q], [major, head_dim], [v_dim, major]
@@ -148,11 +152,13 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
     acc, scores_ref, weights_ref, peak_ref, best_ref, total_ref = refs[2:8]
     block_q, block_kv, part = tiling.block_q, tiling.block_kv, tiling.part
     piece, few = common_rows(_PIECE, part), scores.rows_of(tiling)
+    strips = [slice(start, start + tiling.strip) for start in range(0, block_q, tiling.strip)]
     one = 2.0**scores.weight_exponent  # what a weight of 1 is
     wide = q_ref.shape[0] > (LANES if tiling.rolled else 2 * LANES)
     b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
     first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
     sequence = tiling.sequence(b, scalars)
+    edge = Seen.DIAGONAL if tiling.diagonal and not wide and not scores.changes_weights else Seen.MASKED
 
     @pl.when(pl.program_id(3) == 0)
     def _start() -> None:
@@ -164,35 +170,39 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
             peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
             total_ref[...] = jnp.zeros_like(total_ref)
 
-    def score(tile: Any, row: int, masked: bool) -> None:
-        """Write one part of a tile's scores, and keep their maximum.
+    def in_loops(seen: Seen) -> bool:
+        """Whether so much is computed of a score that only a few rows' fit in registers."""
+        cut = seen is Seen.MASKED and tiling.left is not None
+        return scores.score is not None or scores.masks(seen is not Seen.WHOLE) or cut or wide
 
-        What computes much of a score takes a few rows at a time, in a loop, so that it stays in registers.
-        """
+    def score(tile: Any, row: int, strip: slice, seen: Seen) -> None:
+        """Write the scores of some keys of a tile and a strip of queries, and keep their maximum."""
         first = pl.multiple_of(tile * block_kv, block_kv) + row
-        products = dot(k_ref[pl.ds(first, part), :], q_ref[...])
-        expressed = scores.score is not None or scores.masks(masked)
-        if not (expressed or (masked and tiling.left is not None) or wide):
-            finish(row, first, fold(products), masked)
-            return
-        scores_ref[row : row + part, :] = products
+        products = fold(dot(k_ref[pl.ds(first, part), :], q_ref[:, strip]))
+        finish(row, first, products, strip, seen.masks(slice(row, row + part), strip), seen is Seen.DIAGONAL)
+
+    def score_in_loops(tile: Any, row: int, seen: Seen) -> None:
+        """The same for all queries."""
+        first = pl.multiple_of(tile * block_kv, block_kv) + row
+        scores_ref[row : row + part, :] = dot(k_ref[pl.ds(first, part), :], q_ref[...])
 
         def each(number: Any, _: None) -> None:
             at = pl.multiple_of(number * few, few)
-            finish(row + at, first + at, fold(scores_ref[pl.ds(row + at, few), :]), masked)
+            products = fold(scores_ref[pl.ds(row + at, few), :])
+            finish(row + at, first + at, products, slice(0, block_q), seen is not Seen.WHOLE, False)
 
         lax.fori_loop(0, part // few, each, None)
 
-    def finish(row: Any, first: Any, products: jax.Array, masked: bool) -> None:
-        """Make scores of some rows of a tile's products, which lie at `first` in the stretch."""
+    def finish(row: Any, first: Any, products: jax.Array, strip: slice, masked: bool, diagonal: bool) -> None:
+        """Make scores of the products of some rows of a tile, which lie at `first` in the stretch."""
         size = products.shape[0] * SUBLANES
-        key, keys = first_tile * block_kv + first, pl.ds(first, size)
-        place = Place(b, h, query, key, pl.ds(0, block_q), keys, sequence, sources)
-        found, _ = scores.of_tile(products, place, masked)
-        scores_ref[pl.ds(row, size), :] = unfold(found)
-        best_ref[...] = jnp.maximum(best_ref[...], found.max(axis=0))
+        key, keys, queries = first_tile * block_kv + first, pl.ds(first, size), pl.ds(strip.start, products.shape[2])
+        place = Place(b, h, query + strip.start, key, queries, keys, sequence, sources)
+        found, _ = scores.of_tile(products, place, masked, diagonal)
+        scores_ref[pl.ds(row, size), strip] = unfold(found)
+        best_ref[:, strip] = jnp.maximum(best_ref[:, strip], found.max(axis=0))
 
-    def step(tile: Any, _: None, following: bool, masked: bool = False) -> None:
+    def step(tile: Any, _: None, adding: Seen = Seen.WHOLE, following: Seen | None = Seen.WHOLE) -> None:
         """Add a tile whose scores are written, and write those of the following one."""
         peak = peak_ref[...]
         new_peak = jnp.maximum(peak, best_ref[...].max(axis=0, keepdims=True))
@@ -202,28 +212,39 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         peak_ref[...] = new_peak
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
         total_ref[...] = total_ref[...] * shrink
-        acc[...] = acc[...] * shrink
-        for row in range(0, block_kv, part):
-            if scores.changes_weights:
-                lax.fori_loop(0, part // few, partial(change, tile, row, finite_peak), None)
-            else:
-                for start in range(row, row + part, piece):
-                    weights = jnp.exp2(scores_ref[start : start + piece, :] - finite_peak)
-                    total_ref[...] += fold(weights).sum(axis=0)
-                    weights_ref[start : start + piece, :] = weights.astype(v_ref.dtype)
-            at = pl.ds(pl.multiple_of(tile * block_kv, block_kv) + row, part)
+        if scores.changes_weights:
+            lax.fori_loop(0, block_kv // few, partial(change, tile, finite_peak), None)
+        for strip in strips:
+            count = adding.keys(block_kv, part, strip)
+            followed = 0 if following is None or in_loops(following) else following.keys(block_kv, part, strip)
+            for row in range(0, block_kv, part):
+                if row < count and not scores.changes_weights:
+                    weigh(row, strip, finite_peak[:, strip])
+                if following is not None and row < followed:
+                    score(tile + 1, row, strip, following)
+            keys = pl.ds(pl.multiple_of(tile * block_kv, block_kv), count)
             for dim in range(0, v_ref.shape[0], LANES):
                 dims = slice(dim, dim + LANES)
-                acc[dims, :] += dot(v_ref[dims, at], weights_ref[row : row + part, :])
-            if following:
-                score(tile + 1, row, masked)
+                added = dot(v_ref[dims, keys], weights_ref[:count, strip])
+                acc[dims, strip] = acc[dims, strip] * shrink[:, strip] + added
+        if following is not None and in_loops(following):
+            for row in range(0, block_kv, part):
+                score_in_loops(tile + 1, row, following)
 
-    def change(tile: Any, row: int, finite_peak: Any, number: Any, _: None) -> None:
+    def weigh(row: int, strip: slice, finite_peak: jax.Array) -> None:
+        """Make weights of some scores, a piece at a time, and add them up."""
+        for start in range(row, row + part, piece):
+            weights = jnp.exp2(scores_ref[start : start + piece, strip] - finite_peak)
+            total_ref[:, strip] += fold(weights).sum(axis=0)
+            weights_ref[start : start + piece, strip] = weights.astype(v_ref.dtype)
+
+    def change(tile: Any, finite_peak: Any, number: Any, _: None) -> None:
         """Make weights of a few scores, which count in the sum as they are, and meet v changed."""
-        at = pl.ds(pl.multiple_of(row + number * few, few), few)
+        row = pl.multiple_of(number * few, few)
+        at = pl.ds(row, few)
         weights = fold(jnp.exp2(scores_ref[at, :] - finite_peak))
         total_ref[...] += weights.sum(axis=0)
-        first = pl.multiple_of(tile * block_kv + row + number * few, few)
+        first = pl.multiple_of(tile * block_kv + row, few)
         key, keys = first_tile * block_kv + first, pl.ds(first, few)
         place = Place(b, h, query, key, pl.ds(0, block_q), keys, sequence, sources, tiling.seed(scalars))
         weights_ref[at, :] = unfold(scores.changed(weights, place)).astype(v_ref.dtype)
@@ -235,19 +256,26 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         pl.when(end > begin)(partial(walk_some, begin, whole_begin, whole_end, end))
 
     def walk_some(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
+        cut = tiling.has_partial_tiles or scores.sparse
+        seen = Seen.MASKED if cut else Seen.WHOLE
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
         for row in range(0, block_kv, part):
-            score(begin, row, masked=tiling.has_partial_tiles or scores.sparse)
-        # Each loop goes by the tile whose scores it writes, the one after the tile that it adds.
+            if in_loops(seen):
+                score_in_loops(begin, row, seen)
+            else:
+                for strip in strips:
+                    score(begin, row, strip, seen)
+        # Each loop goes by the tile whose scores it writes, the one after the tile that it adds. What was written with
+        # a mask may be added as whole.
         first = begin
         if tiling.left is not None or scores.sparse:
             first = jnp.clip(whole_begin - 1, begin, end - 1)
-            lax.fori_loop(begin, first, partial(step, following=True, masked=True), None)
+            lax.fori_loop(begin, first, partial(step, following=Seen.MASKED), None)
         last = jnp.maximum(jnp.minimum(whole_end, end) - 1, first)
-        lax.fori_loop(first, last, partial(step, following=True), None)
-        if tiling.has_partial_tiles or scores.sparse:
-            lax.fori_loop(last, end - 1, partial(step, following=True, masked=True), None)
-        step(end - 1, None, following=False)
+        lax.fori_loop(first, last, step, None)
+        if cut:
+            lax.fori_loop(last, end - 1, partial(step, following=edge), None)
+        step(end - 1, None, adding=edge if tiling.diagonal else Seen.WHOLE, following=None)
 
     bounds = sequence.visible_kv(query)
     if scores.sparse:

@@ -189,10 +189,12 @@ class Scores:
             values[plane(layout.slot)] = layout.load(ref, place.keys, place.queries)
         return values
 
-    def of_tile(self, products: jax.Array, place: Place, masked: bool) -> tuple[jax.Array, dict[Expression, Any]]:
+    def of_tile(
+        self, products: jax.Array, place: Place, masked: bool, diagonal: bool = False
+    ) -> tuple[jax.Array, dict[Expression, Any]]:
         """The scores in base 2, -inf where they are not seen, and what the expressions were given.
 
-        masked: whether the tile is seen in part, and else whole.
+        masked: whether the tile is seen in part, and else whole. diagonal: whether a window's right edge alone cuts it.
         """
         expressed = self.score is not None or self.masks(masked)
         values = self.values(products, place) if expressed else {}
@@ -201,7 +203,8 @@ class Scores:
         else:
             scores = full(evaluate(self.score, values, FUNCTIONS), products.shape) * LOG2_E
         if masked and place.sequence.tiling.has_partial_tiles:
-            seen = place.sequence.mask(place.query, place.key, products.shape[0] * SUBLANES)
+            rows, columns = products.shape[0] * SUBLANES, products.shape[2]
+            seen = place.sequence.mask(place.query, place.key, rows, columns, diagonal)
             scores = jnp.where(seen, scores, -jnp.inf)
         if self.masks(masked) and self.mask is not None:
             scores = jnp.where(full(truth(evaluate(self.mask, values, FUNCTIONS)), products.shape), scores, -jnp.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum, auto
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -16,10 +17,28 @@ from .sparsity import HEADER
 from .spec import AttentionSpec
 from .tiles import AttentionTiles
 
+_STRIP = 256  # queries: a matrix unit's width, or two of them side by side
+
+
+class Seen(Enum):
+    """What of a tile its queries see: all of it, what a mask says, or what a diagonal from corner to corner leaves."""
+
+    WHOLE = auto()
+    MASKED = auto()
+    DIAGONAL = auto()
+
+    def keys(self, block_kv: int, part: int, strip: slice) -> int:
+        """How many of a tile's keys, from its first and in whole parts, some query of a strip sees."""
+        return min(block_kv, -(-strip.stop // part) * part) if self is Seen.DIAGONAL else block_kv
+
+    def masks(self, keys: slice, strip: slice) -> bool:
+        """Whether some query of a strip may not see some of the keys, all counted in the tile."""
+        return self is Seen.MASKED or (self is Seen.DIAGONAL and keys.stop - 1 > strip.start)
+
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tiles of block_q queries against block_kv keys, those computed in parts of `part` rows of keys.
+    """Tiles of block_q queries against block_kv keys, those computed in parts of `part` keys against `strip` queries.
 
     Attributes:
         q_size, kv_size: of the arrays; the lengths of all sequences if has_lengths is False.
@@ -29,6 +48,7 @@ class Tiling:
         rolled: whether a chip has so few registers that only loops keep the compiler from spilling them.
         has_runs: whether a list says which tiles the mask shows (`sparsity.py`).
         drops: whether weights are dropped.
+        diagonal: whether a window's right edge goes through tiles from corner to corner, and nothing else cuts those.
     """
 
     q_size: int
@@ -36,6 +56,7 @@ class Tiling:
     block_q: int
     block_kv: int
     part: int
+    strip: int
     left: int | None
     right: int | None
     has_lengths: bool
@@ -43,6 +64,7 @@ class Tiling:
     rolled: bool
     has_runs: bool
     drops: bool
+    diagonal: bool
 
     @staticmethod
     def choose(
@@ -57,10 +79,24 @@ class Tiling:
         block_q = fit_block("config.block_q", tiles.block_q, sizes[0], target)
         block_kv = fit_block("config.block_kv", tiles.block_kv, sizes[1], target)
         part = gcd(target.matrix_unit or 2 * SUBLANES, block_kv)
-        window = _within(spec.left, sizes), _within(spec.right, sizes)
-        rolled = few_registers(target)
+        left, right = _within(spec.left, sizes), _within(spec.right, sizes)
+        strip = _STRIP if target.matrix_unit else 4 * SUBLANES
+        plain = spec.score is None and spec.mask is None and not has_lengths and not hides_queries
+        square = right == 0 and block_q == block_kv and (sizes[1] - sizes[0]) % block_q == 0
         return Tiling(
-            *sizes, block_q, block_kv, part, *window, has_lengths, hides_queries, rolled, has_runs, spec.dropout > 0
+            *sizes,
+            block_q,
+            block_kv,
+            part,
+            strip=block_q if block_q <= strip else gcd(strip, block_q),
+            left=left,
+            right=right,
+            has_lengths=has_lengths,
+            hides_queries=hides_queries,
+            rolled=few_registers(target),
+            has_runs=has_runs,
+            drops=spec.dropout > 0,
+            diagonal=plain and square and (left is None or left >= block_kv - 1),
         )
 
     @property
@@ -196,18 +232,20 @@ class Sequence:
             seen = seen & (key + rows - 1 >= query + self.offset - tiling.left)
         return seen
 
-    def mask(self, query: Any, key: Any, rows: int) -> jax.Array:
-        """bool [rows / 8, 8, block_q]: which queries from `query` see which keys from `key`.
+    def mask(self, query: Any, key: Any, rows: int, columns: int, diagonal: bool = False) -> jax.Array:
+        """bool [rows / 8, 8, columns]: which queries from `query` see which keys from `key`.
+
+        diagonal: whether nothing but the window's right edge is there to see.
 
         The comparison is by group of eight keys, so that what a loop keeps in registers is one group's indices.
         """
         tiling = self.tiling
-        keys, queries = (lax.broadcasted_iota(jnp.int32, (1, SUBLANES, tiling.block_q), axis) for axis in (1, 2))
-        group = SUBLANES * lax.broadcasted_iota(jnp.int32, (rows // SUBLANES, SUBLANES, tiling.block_q), 0)
+        keys, queries = (lax.broadcasted_iota(jnp.int32, (1, SUBLANES, columns), axis) for axis in (1, 2))
+        group = SUBLANES * lax.broadcasted_iota(jnp.int32, (rows // SUBLANES, SUBLANES, columns), 0)
         conditions = []
         if tiling.right is not None:
             conditions.append(keys - queries <= query - key + self.offset + tiling.right - group)
-        if tiling.left is not None:
+        if tiling.left is not None and not diagonal:
             conditions.append(keys - queries >= query - key + self.offset - tiling.left - group)
         if not tiling.ends_with_window:
             conditions.append(keys < self.kv_len - key - group)

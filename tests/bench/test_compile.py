@@ -37,6 +37,7 @@ def outcomes_of(*kernels: KernelFacts, error: str = ""):
         ({"matrix": {}}, "sm_80", "no tensor-core instruction, though it multiplies bfloat16"),
         ({"matrix": {}}, "v6e", "no MXU instruction, though it multiplies bfloat16"),
         ({"spills": 3}, "sm_90", "3 register spills"),
+        ({"spills": 101, "instructions": 100}, "v6e", "101 register spills"),
         ({"local_bytes": 8}, "gfx942", "8 bytes of private memory per thread"),
         ({"on_chip_bytes": 65537}, "gfx942", "65537 bytes of shared memory, more than the chip's 65536"),
         ({"on_chip_bytes": 2**25}, "v4", "33554432 bytes of VMEM, more than the chip's 16777216"),
@@ -48,6 +49,12 @@ def test_each_budget(change: dict[str, object], target: str, reason: str) -> Non
     facts = {**GOOD.as_dict(), **good}
     assert over_budget(KernelFacts(**facts), target) == ()
     assert over_budget(KernelFacts(**{**facts, **change}), target) == (reason,)
+
+
+def test_a_tpu_may_spill_one_vector_a_bundle() -> None:
+    facts = KernelFacts(**{**GOOD.as_dict(), "on_chip_bytes": 1024, "instructions": 100, "spills": 100})
+    assert over_budget(facts, "v6e") == ()
+    assert over_budget(facts, "sm_90") == ("100 register spills",)
 
 
 def test_a_failure_names_the_job_the_kernel_and_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

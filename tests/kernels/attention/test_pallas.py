@@ -22,6 +22,7 @@ from oracles import assert_within, attention_by_torch, rounded
 
 from crosstile.kernels.attention import pallas as kernels
 from crosstile.kernels.attention import reference
+from crosstile.kernels.attention.pallas_tiling import Tiling
 from crosstile.kernels.attention.spec import AttentionSpec
 from crosstile.kernels.attention.tiles import AttentionConfig, AttentionTiles, choose_config
 from crosstile.kernels.tiles.pallas_tiles import fit_block, interpreter, stretch, stretch_room
@@ -214,6 +215,24 @@ def test_large_scores():
 def test_tiles_change_nothing(tiles):
     tiles = AttentionTiles(*tiles)
     check(Case(q_len=70, kv_len=90), AttentionConfig(tiles, tiles, tiles))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(q_len=128, kv_len=192, head_dim=16, v_dim=16),
+        Case(q_len=100, kv_len=100, head_dim=16, v_dim=16, kv_heads=1),
+        Case(q_len=192, kv_len=64, head_dim=16, v_dim=16),
+        Case(q_len=128, kv_len=128, head_dim=16, v_dim=16, dtype="bfloat16"),
+    ],
+    ids=["more keys", "padded", "rows without a key", "bfloat16"],
+)
+def test_a_diagonal_from_corner_to_corner(case):
+    """Square tiles of which a strip of queries sees the first keys only: the others are not computed."""
+    tiles = AttentionTiles(64, 64)
+    sizes = case.q_len, case.kv_len
+    assert Tiling.choose(case.spec, tiles, INTERPRET, sizes, False).diagonal
+    check(case, AttentionConfig(tiles, tiles, tiles))
 
 
 def test_two_runs_are_bit_equal():

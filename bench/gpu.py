@@ -80,10 +80,10 @@ def compiled_launch(launch: Launch, arrays: dict[str, Array], target: Target) ->
 def _compile(launch: Launch, arrays: dict[str, Array], target: Target) -> KernelFacts:
     started = time.perf_counter()
     compiled = compiled_launch(launch, arrays, target)
-    code = _read(compiled, target)
+    code = read_compiled(compiled, target)
     return KernelFacts(
         kernel=f"{launch.kernel.__name__.strip('_')} → {', '.join(launch.outputs)}",
-        tiles=_tiles(launch),
+        tiles=tiles_in_words(launch),
         dot_dtype=launch.dot_dtype,
         on_chip_bytes=compiled.metadata.shared,
         seconds=time.perf_counter() - started,
@@ -100,7 +100,8 @@ def gpu_target(target: Target) -> Any:
     return GPUTarget("hip", target.name, 64)
 
 
-def _read(compiled: Any, target: Target) -> MachineCode:
+def read_compiled(compiled: Any, target: Target) -> MachineCode:
+    """The facts of what Triton compiled."""
     if target.platform == "cuda":
         return read_sass(compiled.asm["sass"], compiled.asm["cubin"])
     return read_amdgcn(compiled.asm["amdgcn"])
@@ -157,7 +158,13 @@ def _argument(value: Array | float | None, parameter: Any, target: Target) -> Ar
     return kind, None, [_DIVISIBLE] * (aligns and value % 16 == 0)
 
 
-def _tiles(launch: Launch) -> str:
+def item_bytes(dtype: str) -> int:
+    """Of one element of that dtype, by its NumPy name."""
+    return _ITEM_BYTES[dtype]
+
+
+def tiles_in_words(launch: Launch) -> str:
+    """The launch's blocks, warps and stages."""
     blocks = [
         f"{name.lower().removeprefix('block_')} {value}"
         for name, value in launch.constants.items()

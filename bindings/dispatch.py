@@ -96,6 +96,19 @@ class Op:
         module: ModuleType = getattr(self.package, "reference" if file == "numpy" else file)
         return module
 
+    def tiles(self, spec: Any, target: Target, inputs: tuple[Any, ...] | None) -> tuple[Any, str]:
+        """The tiles that the library chooses for canonical inputs, and in words where they come from.
+
+        inputs are None where their sizes are not all plain numbers: the heuristic needs none.
+        """
+        from crosstile.kernels.tiles import tuned  # which an import of crosstile can do without
+
+        declared = self.module("tiles")
+        sizes = None
+        if inputs is not None and not target.interpreted and hasattr(declared, "sizes_of"):
+            sizes = declared.sizes_of(spec, inputs)
+        return tuned.choose(self.name, declared, spec, target, sizes)
+
 
 OPS = {
     op.name: op
@@ -324,6 +337,7 @@ class Explanation:
     config: Any
     others: dict[str, tuple[str, ...]]
     origin: str
+    tiles_origin: str = ""
 
     def __str__(self) -> str:
         chip = self.choice.target
@@ -336,7 +350,7 @@ class Explanation:
             lines = [f"{self.op} runs with '{self.choice.implementation}' {where}, {self.origin}."]
         lines.append(f"  arrays: {self.choice.framework}; {_in_words(self.spec)}")
         if self.config is not None:
-            lines.append(f"  tiles: {self.config}")
+            lines.append(f"  tiles: {self.config}, {self.tiles_origin}")
         for name, why in self.others.items():
             lines.append(f"  {name}: " + (". ".join(why) if why else f"could run; ask with implementation='{name}'"))
         return "\n".join(lines)
@@ -379,16 +393,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     choice = choose(subject, spec, arrays, named)
     if named is None:
         origin = f"the choice for {choice.framework} arrays on {choice.target.platform}"
+    side, tiles_origin = glue(choice.framework), "as the call says"
     if config is None and choice.implementation in ("triton", "pallas"):
-        config = subject.module("tiles").choose_config(spec, choice.target)
-    side = glue(choice.framework)
+        config, tiles_origin = subject.tiles(spec, choice.target, side.canonical(subject, spec, arrays))
     others = {
         name: side.obstacles(name, choice.target, arrays)
         or supports(subject.name, name, spec, choice.target, _needs_grad(subject, spec, side, arrays))
         for name in IMPLEMENTATIONS
         if name != choice.implementation
     }
-    return Explanation(op, choice, spec, config, others, origin)
+    return Explanation(op, choice, spec, config, others, origin, tiles_origin)
 
 
 def _known(implementation: str, argument: str) -> str:

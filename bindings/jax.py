@@ -154,15 +154,29 @@ def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> t
     return ()
 
 
+def canonical(op: Op, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What is known of the arrays in canonical form, without computing it."""
+
+    def bring(*arrays: Any) -> tuple[Any, ...]:
+        return tuple(calls.CANONICAL[op.name](jnp, spec, arrays)[1])
+
+    return tuple(jax.eval_shape(bring, *arrays))
+
+
 def call(
     op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
 ) -> tuple[Any, ...]:
     """The op's outputs, differentiable."""
     spec, arrays, shape = calls.CANONICAL[op.name](jnp, spec, arrays)
-    config = config or op.module("tiles").choose_config(spec, target)
+    config = config or op.tiles(spec, target, arrays if _have_static_sizes(arrays) else None)[0]
     arrays = own(plans.completed(op, implementation, spec, config, target, arrays), arrays[0])
     outputs = _differentiable(op, spec, implementation, config, target)(*arrays)
     return (outputs[0].reshape(shape), *outputs[1:]) if shape else outputs
+
+
+def _have_static_sizes(arrays: tuple[Any, ...]) -> bool:
+    """Whether every size is a number, and none a symbol of what is exported for many sizes."""
+    return all(type(size) is int for array in arrays if array is not None for size in array.shape)
 
 
 @lru_cache(maxsize=1024)

@@ -40,6 +40,11 @@ def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> t
     return ()
 
 
+def canonical(op: Op, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arrays in canonical form."""
+    return tuple(calls.CANONICAL[op.name](np, spec, arrays)[1])
+
+
 def call(
     op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
 ) -> tuple[Any, ...]:

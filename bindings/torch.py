@@ -168,6 +168,11 @@ def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> t
     return ()
 
 
+def canonical(op: Op, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arrays in canonical form."""
+    return tuple(calls.CANONICAL[op.name](torch, spec, arrays)[1])
+
+
 def call(
     op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str, config: Any, target: Target
 ) -> tuple[Any, ...]:
@@ -373,7 +378,7 @@ def _execute(
     implementation, chip, tiles = options[-3:]
     target = get_target(chip)
     config_class = op.module("tiles").CONFIG
-    config = op.module("tiles").choose_config(spec, target) if tiles is None else unflatten_config(config_class, tiles)
+    config = op.tiles(spec, target, inputs)[0] if tiles is None else unflatten_config(config_class, tiles)
     if direction == "backward":
         operands = _present(operands)
     like = inputs[0]

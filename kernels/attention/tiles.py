@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ..tiles.targets import MIB, Target
 from .spec import AttentionSpec
@@ -33,7 +34,38 @@ class AttentionConfig:
 CONFIG = AttentionConfig
 
 
-def choose_config(spec: AttentionSpec, target: Target) -> AttentionConfig:
+class AttentionSizes(NamedTuple):
+    """What the tuned tables know of a call's arrays; group is how many query heads share a key head.
+
+    Lengths of packed sequences are their bounds.
+    """
+
+    q_len: int
+    kv_len: int
+    group: int
+
+
+def sizes_of(spec: AttentionSpec, inputs: tuple[Any, ...]) -> AttentionSizes:
+    """The sizes of canonical inputs."""
+    (_, q_len, q_heads, _), (_, kv_len, kv_heads, _) = inputs[0].shape, inputs[1].shape
+    if spec.max_seqlen_q is not None and spec.max_seqlen_k is not None:
+        q_len, kv_len = spec.max_seqlen_q, spec.max_seqlen_k
+    return AttentionSizes(q_len, kv_len, q_heads // max(1, kv_heads))
+
+
+def kinds_of(spec: AttentionSpec) -> dict[str, Any]:
+    """What of a spec the tuned tables match exactly."""
+    return {
+        **{name: getattr(spec, name) for name in ("dtype", "out_dtype", "head_dim", "v_dim", "causal")},
+        "window": 0 if spec.left is None else 1 << max(0, spec.left).bit_length(),
+        **{name: getattr(spec, name) is not None for name in ("score", "mask", "weight", "max_seqlen_q")},
+        "plane_gradients": len(spec.plane_gradients),
+        "dropout": spec.dropout > 0,
+        "lengths": spec.has_lengths,
+    }
+
+
+def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | None = None) -> AttentionConfig:
     """Tiles for arrays of any length on that chip; kernels shrink a tile that is larger than its array."""
     if target.is_tpu:
         return _for_tpu(spec, target)
@@ -147,25 +179,28 @@ def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
 
 
 def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
-    """The largest tiles for which the compiler spills no register: smaller ones for wide heads.
+    """Large tiles where scores are plain, by predicted cycles (`docs/performance.md`); else of what registers hold.
 
-    Expressions and windows are computed in loops within a tile, so that a large one would only be more code. One kernel
-    computes the gradients of queries, keys and values, with the tiles of dk and dv, as the planes' kernels do.
+    What computes more of a score does so in loops within a tile, so that a large one would only be more code. One
+    kernel computes the gradients of queries, keys and values, with the tiles of dk and dv, as the planes' kernels do.
     """
     width = max(spec.head_dim, spec.v_dim)
-    expressions = spec.score is not None or spec.mask is not None or spec.dropout > 0
+    plain = spec.score is None and spec.mask is None and spec.weight is None and not spec.dropout
     if spec.dtype == "float32":  # six passes a product: the smallest tiles spill least, though not nothing
         forward, backward = (128, 128), (128, 128)
     elif width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
+    elif plain:
+        most = 1024 if width <= 128 and not spec.has_lengths and spec.max_seqlen_q is None else 512
+        if spec.left is not None:  # what of a tile no window reaches is computed for nothing
+            most = min(most, max(128, 1 << max(0, spec.left).bit_length() - 1))
+        forward, backward = (most, most), (min(most, 512), most)
     elif width > 128:
         forward, backward = (128, 512), (128, 512)
         if target.matrix_unit == 256:
             forward, backward = (128, 256), (128, 128)
     elif target.matrix_unit == 256:
-        forward, backward = (256, 256) if spec.score is None else (128, 512), (128, 512)
-        if spec.mask is not None:
-            forward = (128, 256)
+        forward, backward = (128, 512) if spec.mask is None else (128, 256), (128, 512)
     else:
-        forward, backward = (128, 512 if expressions or spec.left is not None else 1024), (128, 512)
+        forward, backward = (128, 512), (128, 512)
     return AttentionConfig(AttentionTiles(*forward), AttentionTiles(*backward), AttentionTiles(*backward))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ..tiles.formats import FORMATS
 from ..tiles.targets import Target
+from ..tiles.tpu_blocks import shrunk_block, vmem_of_kernel
 from .spec import GroupedMatmulSpec
 
 
@@ -43,6 +45,29 @@ class GroupedMatmulConfig:
 
 
 CONFIG = GroupedMatmulConfig
+
+
+class GroupedMatmulSizes(NamedTuple):
+    """What the tuned tables know of a call's arrays; rows are those of a group, on average."""
+
+    rows: int
+    groups: int
+    n: int
+    k: int
+
+
+def sizes_of(spec: GroupedMatmulSpec, inputs: tuple[Any, ...]) -> GroupedMatmulSizes:
+    """The sizes of canonical inputs."""
+    _, tokens, k = inputs[0].shape
+    groups, n = inputs[1].shape[1], inputs[1].shape[3]
+    return GroupedMatmulSizes(tokens // max(1, groups), groups, n, k)
+
+
+def kinds_of(spec: GroupedMatmulSpec) -> dict[str, Any]:
+    """What of a spec the tuned tables match exactly."""
+    return {name: getattr(spec, name) for name in ("dtype", "activation", "format", "group_size")}
+
+
 _T = GroupedMatmulTiles
 
 
@@ -74,9 +99,10 @@ _NARROW = {
     "gfx950": _config(_T(128, 256, 64, num_stages=2), _T(128, 128, 64, num_stages=2)),
     "v4": _config(_T(512, 1024, 512), _T(512, 512, 512), _T(1024, 512, 512), _T(512, 512, 512)),  # 16 MiB of VMEM
     **dict.fromkeys(
-        ("v5e", "v5p", "v6e", "v7x"),
-        _config(_T(512, 1024, 4096), _T(512, 512, 4096), _T(1024, 1024, 512), _T(1024, 1024, 512)),
+        ("v5e", "v5p", "v6e"),
+        _config(_T(512, 1024, 4096), _T(512, 512, 4096), _T(2048, 1024, 512), _T(2048, 1024, 512)),
     ),
+    "v7x": _config(_T(512, 1024, 4096), _T(512, 512, 4096), _T(1024, 1024, 512), _T(1024, 1024, 512)),
 }
 _FLOAT32 = {
     "cuda": _config(_T(128, 128, 16), _T(128, 64, 16)),
@@ -109,7 +135,9 @@ _QUANTIZED_FLOAT32 = {
 _INTERPRET = _config(*[_T(16, 32, 32, num_warps=4)] * 2)  # several tiles even in a small test
 
 
-def choose_config(spec: GroupedMatmulSpec, target: Target) -> GroupedMatmulConfig:
+def choose_config(
+    spec: GroupedMatmulSpec, target: Target, sizes: GroupedMatmulSizes | None = None
+) -> GroupedMatmulConfig:
     """Tiles for arrays of any size on that chip.
 
     Kernels shrink a tile that is larger than its array, and on GPUs one that is higher than a group is on average, or
@@ -123,7 +151,51 @@ def choose_config(spec: GroupedMatmulSpec, target: Target) -> GroupedMatmulConfi
         tiles = _FLOAT32_V4 if target.name == "v4" else _FLOAT32[target.platform]
     else:
         tiles = _NARROW[target.name]
+        if target.is_tpu and sizes is not None:
+            return _widened(tiles[spec.activation is not None], spec, target, sizes)
     return tiles[spec.activation is not None]
+
+
+def _widened(
+    config: GroupedMatmulConfig, spec: GroupedMatmulSpec, target: Target, sizes: GroupedMatmulSizes
+) -> GroupedMatmulConfig:
+    """Tiles of one sum with twice the columns where the VMEM holds them: rows are then read half as often."""
+    gated = spec.activation is not None
+    forward, dlhs = config.forward, config.dlhs
+    if not gated:
+        forward = replace(forward, block_n=_columns(forward, target, sizes.k, 1))
+    return replace(config, forward=forward, dlhs=replace(dlhs, block_n=_columns(dlhs, target, sizes.n, 1 + gated)))
+
+
+def _columns(tiles: GroupedMatmulTiles, target: Target, length: int, products: int) -> int:
+    """Columns of a tile of 16-bit types that sums so many products over that length."""
+    wide, step = 2 * tiles.block_n, min(tiles.block_k, length)
+    needed = _tpu_bytes(tiles.block_m, wide, step, products, products)
+    return wide if needed <= vmem_of_kernel(target) else tiles.block_n
+
+
+def _tpu_bytes(m: int, n: int, k: int, lefts: int, rights: int, results: int = 1, sums: int = 1) -> int:
+    """VMEM of a product of 16-bit types: blocks and results twice, as the next is fetched meanwhile, and sums."""
+    return 4 * (lefts * m + rights * n) * k + 4 * results * m * n + 4 * sums * m * n
+
+
+def fits(spec: GroupedMatmulSpec, target: Target, config: GroupedMatmulConfig, sizes: GroupedMatmulSizes) -> bool:
+    """Whether a TPU's VMEM holds the tiles of every product of 16-bit types, of groups of any size."""
+    if not target.is_tpu or spec.dtype == "float32" or spec.format is not None:
+        return True
+    two = 1 + (spec.activation is not None)
+    forward, dlhs, drhs = config.forward, config.dlhs, config.drhs
+    k, n = sizes.k, sizes.n
+    needed = (
+        _tpu_bytes(forward.block_m, *_shrunk(forward, n, k), 1, two, 2 * two - 1, two),  # both products are kept
+        _tpu_bytes(dlhs.block_m, *_shrunk(dlhs, k, n), two, two),
+        _tpu_bytes(shrunk_block(drhs.block_m, k), shrunk_block(drhs.block_n, n), drhs.block_k, 1, two, two, two),
+    )
+    return max(needed) <= vmem_of_kernel(target)
+
+
+def _shrunk(tiles: GroupedMatmulTiles, columns: int, length: int) -> tuple[int, int]:
+    return shrunk_block(tiles.block_n, columns), shrunk_block(tiles.block_k, length)
 
 
 def _for_format(spec: GroupedMatmulSpec, target: Target) -> dict[bool, GroupedMatmulConfig]:

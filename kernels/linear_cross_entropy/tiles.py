@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ..tiles.targets import MIB, Target
+from ..tiles.tpu_blocks import vmem_of_kernel
 from .spec import LinearCrossEntropySpec
 
 
@@ -39,6 +41,41 @@ class LinearCrossEntropyConfig:
 
 
 CONFIG = LinearCrossEntropyConfig
+
+
+class LinearCrossEntropySizes(NamedTuple):
+    """What the tuned tables know of a call's arrays."""
+
+    tokens: int
+    vocab: int
+    features: int
+
+
+def sizes_of(spec: LinearCrossEntropySpec, inputs: tuple[Any, ...]) -> LinearCrossEntropySizes:
+    """The sizes of canonical inputs."""
+    return LinearCrossEntropySizes(inputs[0].shape[1], inputs[1].shape[1], spec.features)
+
+
+def kinds_of(spec: LinearCrossEntropySpec) -> dict[str, Any]:
+    """What of a spec the tuned tables match exactly."""
+    return {"dtype": spec.dtype, "softcap": spec.softcap is not None, "sums": spec.sums}
+
+
+def fits(
+    spec: LinearCrossEntropySpec, target: Target, config: LinearCrossEntropyConfig, sizes: LinearCrossEntropySizes
+) -> bool:
+    """Whether a TPU's VMEM holds the rows of its tiles, which are as long as the call's features."""
+    if not target.is_tpu:
+        return True
+    forward, dhidden, dweight = config.forward, config.dhidden, config.dweight
+    needed = (
+        tpu_bytes(spec, "forward", forward.block_tokens, forward.block_vocab),
+        tpu_bytes(spec, "dhidden", dhidden.block_tokens, dhidden.block_vocab),
+        tpu_bytes(spec, "dweight", dweight.block_vocab, dweight.block_tokens),
+    )
+    return max(needed) <= vmem_of_kernel(target)
+
+
 _T = LinearCrossEntropyTiles
 
 # Sums stay in registers (sm_100: in tensor memory), and the parts of the backward fill a GPU: a part of dhidden or
@@ -62,7 +99,9 @@ _INTERPRET = LinearCrossEntropyConfig(
 _TPU_BLOCKS = (1024, 512, 256, 128)
 
 
-def choose_config(spec: LinearCrossEntropySpec, target: Target) -> LinearCrossEntropyConfig:
+def choose_config(
+    spec: LinearCrossEntropySpec, target: Target, sizes: LinearCrossEntropySizes | None = None
+) -> LinearCrossEntropyConfig:
     """Tiles for arrays of any size on that chip; kernels shrink a tile that is larger than its array."""
     if target.interpreted:
         return _INTERPRET
@@ -79,12 +118,21 @@ def choose_config(spec: LinearCrossEntropySpec, target: Target) -> LinearCrossEn
 def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tuple[int, int]:
     """Tokens and rows of the vocabulary of a tile: the largest whose rows, with all their features, fit the VMEM.
 
-    The rows that stay are more than those that pass by: each byte that passes is then used more often.
+    The rows that stay are more than those that pass by: each byte that passes is then used more often. But a forward of
+    16-bit types takes as many rows of the vocabulary at a time as it can, since each step has work that does not grow
+    with it.
     """
     room = target.on_chip_bytes * 3 // 4
+    if kernel == "forward" and spec.dtype != "float32":
+        for passes in (4096, 2048, 1024):
+            for stays in (1024, 512):
+                if tpu_bytes(spec, kernel, stays, passes) <= vmem_of_kernel(target):
+                    return stays, passes
     for stays in _TPU_BLOCKS:
         for passes in _TPU_BLOCKS:
-            if passes <= min(stays, 512) and tpu_bytes(spec, kernel, stays, passes) <= room:
+            # Fewer steps cost less, but only v7x's compiler keeps 1024 rows that pass by out of the spills.
+            few = 1024 if target.name == "v7x" and spec.dtype != "float32" else min(stays, 512)
+            if passes <= few and tpu_bytes(spec, kernel, stays, passes) <= room:
                 return (passes, stays) if kernel == "dweight" else (stays, passes)
     return 128, 128
 

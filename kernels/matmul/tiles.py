@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from ..tiles.targets import Target
+from ..tiles.tpu_blocks import BLOCKS, best_tile, deepest_step, is_safe, shrunk_block, vmem_of_kernel
 from .spec import MatmulSpec
 
 SKINNY = 64  # products of so few rows are limited by how fast b is read
@@ -52,13 +54,39 @@ class MatmulConfig:
 
 
 CONFIG = MatmulConfig
+
+
+class MatmulSizes(NamedTuple):
+    """What the tuned tables know of a call's arrays; few are rows that make a product skinny."""
+
+    batch: int
+    m: int
+    n: int
+    k: int
+    few: bool
+    bias: bool
+    residual: bool
+
+
+def sizes_of(spec: MatmulSpec, inputs: tuple[Any, ...]) -> MatmulSizes:
+    """The sizes of canonical inputs."""
+    a, b, bias, residual = inputs
+    batch, m, k = a.shape
+    return MatmulSizes(batch, m, b.shape[2], k, m <= SKINNY, bias is not None, residual is not None)
+
+
+def kinds_of(spec: MatmulSpec) -> dict[str, Any]:
+    """What of a spec the tuned tables match exactly."""
+    return {name: getattr(spec, name) for name in ("dtype", "out_dtype", "activation", "precision")}
+
+
 _C = MatmulConfig
 
 
 # Chosen so that the matrix units, not the memory, are the limit, and the tile's float32 sums stay on the chip: in
-# registers (no spills, every epilogue), in sm_100's tensor memory, or in a TPU's VMEM beside double-buffered blocks.
-# Skinny tiles keep as many bytes of b on their way as the memory needs to be busy; on a TPU a step brings so many of
-# them that what the step itself costs is small beside the copy.
+# registers (no spills, every epilogue), in sm_100's tensor memory, or in a TPU's VMEM beside double-buffered blocks
+# (`_for_tpu` takes larger ones where they fit). Skinny tiles keep as many bytes of b on their way as the memory needs
+# to be busy; on a TPU a step brings so many of them that what the step itself costs is small beside the copy.
 _NARROW = {
     "sm_80": _C(128, 256, 64, num_warps=8, num_stages=3, skinny_n=128, skinny_k=128),
     "sm_90": _C(128, 256, 64, num_warps=8, num_stages=4, skinny_n=128, skinny_k=128, persistent=1, descriptors=1),
@@ -83,12 +111,50 @@ _FLOAT32 = {
 _INTERPRET = _C(32, 32, 32, processors=5, persistent=1, descriptors=1)  # several tiles even in a small test
 
 
-def choose_config(spec: MatmulSpec, target: Target) -> MatmulConfig:
-    """Tiles for arrays of any size on that chip."""
+def choose_config(spec: MatmulSpec, target: Target, sizes: MatmulSizes | None = None) -> MatmulConfig:
+    """Tiles for arrays of those sizes on that chip, or of any."""
     if target.interpreted:
         return _INTERPRET
     tiles = _FLOAT32 if spec.dtype == "float32" else _NARROW
-    return replace(tiles[target.name], processors=target.processors)
+    config = replace(tiles[target.name], processors=target.processors)
+    return config if spec.dtype == "float32" or not target.is_tpu else _for_tpu(spec, target, config, sizes)
+
+
+def _for_tpu(spec: MatmulSpec, target: Target, config: MatmulConfig, sizes: MatmulSizes | None) -> MatmulConfig:
+    """The best tile that fits with the call's epilogue, or any that there may be."""
+    most, lengths = ((BLOCKS[0],) * 2, ()) if sizes is None else (sizes[1:3], sizes[1:4])
+    step, rows = deepest_step(target, lengths)  # a backward sums along m and n
+    tile = best_tile(target, lambda m, n: _tpu_bytes(spec, m, n, step, sizes), (min(most[0], rows), most[1]))
+    return replace(config, block_m=tile[0], block_n=tile[1], block_k=step)
+
+
+def _tpu_bytes(spec: MatmulSpec, m: int, n: int, k: int, sizes: MatmulSizes | None) -> int:
+    """VMEM of a product of 16-bit types: its blocks twice, since the next is fetched meanwhile, and its sums.
+
+    Beside the result there may be a residual, and the preactivation that a backward reads. A backward turns a round.
+    """
+    result = 4 if spec.out_dtype == "float32" else 2
+    residual, bias = (2, 2) if sizes is None else (2 * sizes.residual, 2 * sizes.bias)
+    forward = 2 * m * n * (result + residual + 2 * (spec.activation is not None)) + 2 * 16 * n * bias
+    return max(2 * 2 * (m + n) * k + 4 * m * n + forward, _tpu_bytes_backward(m, n, k))
+
+
+def _tpu_bytes_backward(m: int, n: int, k: int) -> int:
+    return 2 * 2 * (m + n) * k + 4 * m * n + 2 * m * n * 2 + 2 * m * k
+
+
+def fits(spec: MatmulSpec, target: Target, config: MatmulConfig, sizes: MatmulSizes) -> bool:
+    """Whether a TPU's VMEM holds the tiles of all three products of 16-bit types, and they spill nothing."""
+    if not target.is_tpu or spec.dtype == "float32" or sizes.m <= SKINNY:
+        return True
+    products = (sizes.m, sizes.n, sizes.k), (sizes.m, sizes.k, sizes.n), (sizes.k, sizes.n, sizes.m)
+    for number, product in enumerate(products):
+        blocks = (config.block_m, config.block_n, config.block_k)
+        m, n, k = (shrunk_block(block, size) for block, size in zip(blocks, product, strict=True))
+        needed = _tpu_bytes_backward(m, n, k) if number else _tpu_bytes(spec, m, n, k, sizes)
+        if needed > vmem_of_kernel(target) or not is_safe(target, m, k, product[2]):
+            return False
+    return True
 
 
 def of_rows(config: MatmulConfig, m: int) -> MatmulConfig:

@@ -15,6 +15,7 @@ import pytest
 from mutations import describe, mutated
 from norm_problems import OPERANDS, Problem
 from oracles import multiples
+from sweeps import one_in
 
 import crosstile.kernels.norm as package
 from crosstile.kernels.norm.tiles import NormConfig
@@ -162,7 +163,9 @@ def sound(kernel: str, name: str) -> float:
     return worst(package, kernel, name)
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.file}-{m.name}-{m.problem}".replace(" ", "_"))
+@pytest.mark.parametrize(
+    "mutation", one_in(3, MUTATIONS), ids=lambda m: f"{m.file}-{m.name}-{m.problem}".replace(" ", "_")
+)
 def test_the_check_notices(mutation, tmp_path):
     kernel = "triton" if mutation.file.startswith("triton") else mutation.file
     assert sound(kernel, mutation.problem) <= 1

@@ -92,9 +92,18 @@ def compile(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
-    """Time what this machine can: the cost of dispatch against the framework's own op."""
+    """Time dispatch against the framework's own op on this CPU, and show where TPU kernels stand beside others'."""
     prepare(session)
     python(session, "crosstile.bench.cli", "bench", *session.posargs)
+    if not session.posargs:
+        python(session, "crosstile.bench.cli", "standings")
+
+
+@nox.session(venv_backend="none")
+def tune(session: nox.Session) -> None:
+    """Search tiles and write the tuned tables: nox -s tune -- --op matmul --target v6e, or --device cuda with a GPU."""
+    prepare(session)
+    python(session, "crosstile.bench.cli", "tune", *session.posargs)
 
 
 @nox.session(venv_backend="none")

@@ -32,6 +32,7 @@ class AttentionShape(Shape):
     """
 
     op: ClassVar[str] = "attention"
+    counts: ClassVar[tuple[str, ...]] = ("q_len", "kv_len")
 
     q_heads: int
     kv_heads: int
@@ -195,4 +196,11 @@ FEATURES = (
     replace(
         _LLAMA, name="deepseek-v3-latent", q_heads=128, kv_heads=1, head_dim=576, v_dim=512, q_len=128, trains=False
     ),
+    replace(_LLAMA, name="causal-4k-mha", q_heads=16, kv_heads=16),
+    *(
+        replace(_LLAMA, name=f"causal-32k-d{width}", q_heads=8, kv_heads=1, head_dim=width, q_len=32768, kv_len=32768)
+        for width in (64, 128, 256)
+    ),
+    replace(_LLAMA, name="window-1k-of-32k", q_heads=8, kv_heads=1, window=1023, q_len=32768, kv_len=32768),
+    replace(_LLAMA, name="varlen-16-of-2k", q_heads=8, kv_heads=1, q_len=32768, kv_len=32768, packed=16),
 )  # fmt: skip

@@ -8,7 +8,7 @@ slowest. The inputs are random, and larger than the L2 cache where the real ones
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,7 +19,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from crosstile.kernels.tiles.targets import Target
+from crosstile.kernels.tiles.tuned import changed_tiles
+
+from .programs import Job
 from .shape import Shape
+from .shapes import get_shape
 from .verify import EPSILON
 
 _CALLS = 4  # in a graph
@@ -84,6 +89,43 @@ def launcher(packed: Path | None) -> Iterator[None]:
         yield
 
 
+def target_here() -> Target:
+    """The chip of this machine. Raises NoChipError where there is none that torch can use."""
+    with launcher(None):
+        import torch
+
+        from crosstile.torch import target_of
+
+        return target_of(torch.empty(0, device="cuda"))
+
+
+def timing(job: Job) -> Callable[[Mapping[str, int]], float]:
+    """Trials of a job's tiles on this machine's GPU: the median time of a call.
+
+    The trial raises RefusedError where the compiler refuses the tiles, or a program needs more than the chip has.
+    """
+    import torch
+
+    from .programs import chosen_tiles
+    from .search import RefusedError
+
+    shape = get_shape(job.shape)
+    arrays = random_arrays(shape, job.dtype, "cuda")
+    leaves = [name for name, (_, kind) in shape.arrays(job.dtype).items() if shape.trains and kind == job.dtype]
+
+    def evaluate(tiles: Mapping[str, int]) -> float:
+        call = partial(_call, shape, implementation="triton", config=changed_tiles(chosen_tiles(job), tiles))
+        try:
+            if job.direction == "saving":
+                return _time(lambda: _differentiable(call, arrays, leaves)).median
+            return _time(_direction(call, arrays, leaves, job.direction)).median
+        except Exception as refusal:  # whatever a compiler or a launch raises says that these tiles are none
+            torch.cuda.synchronize()
+            raise RefusedError(f"{type(refusal).__name__}: {str(refusal).splitlines()[0][:200]}") from refusal
+
+    return evaluate
+
+
 def bench(shapes: Sequence[Shape], dtype: str) -> Iterator[Row]:
     """Check and time each shape, the forward and, where there is one, the backward."""
     import torch
@@ -142,10 +184,10 @@ def random_arrays(shape: Shape, dtype: str, device: str) -> dict[str, Any]:
     return {name: make(name, size, kind) for name, (size, kind) in shape.arrays(dtype).items()}
 
 
-def _call(shape: Shape, arrays: dict[str, Any], implementation: str) -> Any:
+def _call(shape: Shape, arrays: dict[str, Any], implementation: str, config: Any = None) -> Any:
     import crosstile
 
-    return getattr(crosstile, shape.function)(**shape.call(arrays), implementation=implementation)
+    return getattr(crosstile, shape.function)(**shape.call(arrays), implementation=implementation, config=config)
 
 
 def _results(shape: Shape, arrays: dict[str, Any], leaves: list[str], implementation: str) -> list[Any]:

@@ -223,6 +223,44 @@ def cycles_command(
         raise typer.Exit(FAILED)
 
 
+@app.command("issue")
+def issue_command(
+    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="A GPU, such as sm_90; repeat it. All without.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A named shape; repeat it. The everyday ones without.")
+    ] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="forward, saving or backward; repeat it.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    config: Annotated[
+        list[str] | None,
+        typer.Option(help="A field of the tiles and its value, such as forward.block_q=64; repeat it."),
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    validate: Annotated[
+        Path | None, typer.Option(help="Compare with tokamax's measurements, from a folder of `tokamax_triton`.")
+    ] = None,
+) -> None:
+    """Predict how long each kernel takes on a GPU, and what limits it, from its machine code and its control words."""
+    from . import issue_report, issue_validation
+    from .gpus import GPUS
+    from .programs import directions, jobs_for
+    from .shapes import get_shape
+
+    if validate:
+        issue_validation.show(issue_validation.compare(validate), _console())
+        return
+    shapes = [get_shape(name) for name in _shape_names(op, shape, False)]
+    ways = _known(direction, "--direction", sorted({way for found in shapes for way in directions(found)}))
+    kinds = _known([dtype], "--dtype", _dtypes())
+    jobs = [job for job in jobs_for(_known(target, "--target", list(GPUS)), shapes, kinds) if job.direction in ways]
+    found, good = issue_report.run(jobs, _tiles(config), _console())
+    if json_file:
+        issue_report.write_json(found, json_file)
+    if not good:
+        raise typer.Exit(FAILED)
+
+
 def _tiles(given: list[str] | None) -> dict[str, int]:
     found = {}
     for item in given or ():
@@ -231,6 +269,120 @@ def _tiles(given: list[str] | None) -> dict[str, int]:
             raise typer.BadParameter(f"got {item!r}; it must be FIELD=NUMBER", param_hint="--config")
         found[name] = int(value)
     return found
+
+
+@app.command("tune")
+def tune_command(
+    op: Annotated[
+        list[str] | None, typer.Option(help="An op, such as attention; repeat it. All that have tables.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A chip, such as v6e; repeat it. All TPUs without, or the chip that is here."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A named shape, also with other sizes, as gemma-2-2b@q_len=512,kv_len=512; repeat it."),
+    ] = None,
+    length: Annotated[
+        list[int] | None, typer.Option(help="So many tokens in place of a training shape's own; repeat it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    budget: Annotated[
+        float, typer.Option(min=0, help="Seconds for all; a later run goes on where this one stops.")
+    ] = 600,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing: say how near the tiles in use are.")
+    ] = False,
+    user: Annotated[
+        bool, typer.Option("--user", help="Write to your own tables rather than to those of the package.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cuda: time on this machine's GPU, of NVIDIA or AMD; implies --user.")
+    ] = None,
+) -> None:
+    """Search the tiles of named shapes and write them to the tables that calls look into.
+
+    Without a chip it compiles for an absent one and predicts; with --device it times. Exit code 2: there is no chip.
+    """
+    from crosstile.kernels.tiles import tuned
+    from crosstile.kernels.tiles.targets import TARGETS
+
+    from . import chip, ladders, tune
+    from .cores import CORES
+    from .search import predicting
+
+    ops, kind = _known(op, "--op", list(ladders.OPS)), _known([dtype], "--dtype", _dtypes())[0]
+    trials = tune.Trials(predicting, "predicted")
+    if device is None:
+        chips = _known(target, "--target", list(TARGETS), list(CORES))
+    elif device == "cuda":
+        try:
+            trials, here = tune.Trials(chip.timing, "measured"), chip.target_here()
+        except chip.NoChipError as error:
+            _stop(str(error))
+        chips = _known(target, "--target", [here.name])
+    else:
+        raise typer.BadParameter(f"got {device!r}; it must be cuda", param_hint="--device")
+    try:
+        asked = [(o, c, name) for o in ops for c in chips for name in tune.shapes_of(o, shape, length or ())]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from error
+    table = tuned.user_table if user or device else tuned.package_table
+    rows, console = [], _console()
+    by = "predicted, not measured" if device is None else f"measured on {TARGETS[chips[0]].chip}"
+    for found in tune.run(asked, kind, trials, None if dry_run else table, budget):
+        if isinstance(found, str):
+            console.print(found, highlight=False, soft_wrap=True)
+        else:
+            rows.append(found)
+            console.print("  ".join(tune.cells(found)), style="dim", highlight=False, soft_wrap=True)
+    tune.show(rows, by, console)
+
+
+@app.command("standings")
+def standings_command(
+    run: Annotated[bool, typer.Option("--run", help="Search and predict again; known trials are kept.")] = False,
+    chip: Annotated[list[str] | None, typer.Option(help="v5e, v6e or v7x; repeat it. All without.")] = None,
+    contest: Annotated[
+        list[str] | None, typer.Option(help="A contest, such as llama-3-8b-backward; repeat it. All without.")
+    ] = None,
+    contestant: Annotated[
+        list[str] | None, typer.Option(help="With --run: crosstile or a peer, such as splash; repeat it.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="With --run: the longest walk of one contestant's tiles.")] = 300.0,
+    tokamax: Annotated[
+        str | None, typer.Option(help="With --run: an interpreter that has tokamax; its kernels are left out without.")
+    ] = None,
+    csv_file: Annotated[Path, typer.Option("--csv", help="The results.")] = Path("docs/tpu_standings.csv"),
+    page: Annotated[Path | None, typer.Option(help="Write the tables into this page too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every contestant to this file too.")] = None,
+) -> None:
+    """Compare our TPU kernels with those of jax and tokamax, each with its best tiles, by predicted time.
+
+    Shows the results in the CSV file. Exit code 2: there are none.
+    """
+    from . import standings, standings_table
+    from .contests import CHIPS, CONTESTS, get_contest
+
+    chips = _known(chip, "--chip", list(CHIPS))
+    names = _known(contest, "--contest", [item.name for item in CONTESTS])
+    console = _console()
+    if run:
+        contests = [get_contest(name) for name in names]
+        for entry in standings.run(chips, contests, contestant, seconds=seconds, tokamax=tokamax):
+            standings.write_csv(standings.merged(standings.read_csv(csv_file), [entry]), csv_file)
+            said = entry.refusal or f"{entry.microseconds:.1f} µs, {entry.tiles}"
+            console.print(f"{entry.chip} {entry.contest} {entry.contestant}: {said}", highlight=False, markup=False)
+    entries = standings.read_csv(csv_file)
+    if not entries:
+        _stop(f"no results in {csv_file}: run `crosstile standings --run`, or name the file with --csv")
+    if page:
+        standings_table.write_page(entries, page)
+    shown = [entry for entry in entries if entry.chip in chips and entry.contest in names]
+    standings_table.show(shown, console)
+    if json_file:
+        standings.write_json(shown, json_file)
 
 
 @app.command("explain")

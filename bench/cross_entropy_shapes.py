@@ -16,6 +16,7 @@ class CrossEntropyShape(Shape):
     """One linear_cross_entropy call: tokens of `features` numbers against the rows of a vocabulary."""
 
     op: ClassVar[str] = "linear_cross_entropy"
+    counts: ClassVar[tuple[str, ...]] = ("tokens",)
 
     tokens: int
     features: int

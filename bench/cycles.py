@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import environ
 from pathlib import Path
+from typing import Any
 
 from .bundles import SOURCES, Program, read_bundles
 from .cores import CORES, PROGRAM_SECONDS, Core
@@ -91,13 +92,26 @@ def predict(job: Job, tiles: Mapping[str, int] | None = None) -> tuple[Predictio
     """
     if job.target not in CORES:
         raise CyclesError(f"target: got {job.target!r}; it must be a TPU, one of {', '.join(CORES)}")
+    try:
+        return predict_child("dumping", {"job": asdict(job), "tiles": dict(tiles or {})}, job.target)
+    except CyclesError as error:
+        raise CyclesError(f"{job}: {error}") from error
+
+
+def predict_child(
+    module: str, asked: Mapping[str, Any], target: str, python: str = sys.executable
+) -> tuple[Prediction, ...]:
+    """Predict every program that a child process compiles: a module of `crosstile.bench`, as `dumping` is one.
+
+    `asked` is what it reads, and `python` its interpreter. Raises CyclesError with the compiler's refusal.
+    """
     with tempfile.TemporaryDirectory(prefix="crosstile-cycles-") as folder:
         dump = Path(folder) / "llo"
         settings = environment(dump)
         settings["LIBTPU_INIT_ARGS"] += f" {SOURCES}"
         child = subprocess.run(
-            [sys.executable, "-m", "crosstile.bench.dumping", folder],
-            input=json.dumps({"job": asdict(job), "tiles": dict(tiles or {})}),
+            [python, "-m", f"crosstile.bench.{module}", folder],
+            input=json.dumps(asked),
             capture_output=True,
             text=True,
             env={**environ, **settings},
@@ -105,9 +119,8 @@ def predict(job: Job, tiles: Mapping[str, int] | None = None) -> tuple[Predictio
         )
         refusal = Path(folder) / "refusal.txt"
         if child.returncode:
-            raise CyclesError(f"{job}: {refusal.read_text() if refusal.exists() else child.stderr.strip()[-1500:]}")
-        steering = json.loads((Path(folder) / "steering.json").read_text())
-        return predict_dump(dump, job.target, steering)
+            raise CyclesError(refusal.read_text() if refusal.exists() else child.stderr.strip()[-1500:])
+        return predict_dump(dump, target, json.loads((Path(folder) / "steering.json").read_text()))
 
 
 def predict_dump(
@@ -115,7 +128,8 @@ def predict_dump(
 ) -> tuple[Prediction, ...]:
     """Predict every program whose bundles lie in a folder, in the order of compilation.
 
-    `steering` has, for each kernel by its name and in order, the words of its operands (see `steering.py`).
+    `steering` has, for each kernel by its name and in order, the words of its operands (see `steering.py`). The name is
+    "" where the kernel's author gave none; the compiler then named it.
     """
     waiting: dict[str, list[Words]] = {}
     for name, words in steering:
@@ -125,12 +139,13 @@ def predict_dump(
         match = _NAME.fullmatch(path.name)
         if match is None or match.group(2).startswith(_AROUND) or "schedule-analysis" in path.name:
             continue
-        given = waiting.get(re.sub(r"\.\d+$", "", match.group(2)), [])
-        found.append(_predict_program(path, match.group(2), target, given.pop(0) if given else {}))
+        kernel = _KERNEL in _beside(path, "schedule-analysis_final_bundles.txt")
+        given = waiting.get(re.sub(r"\.\d+$", "", match.group(2))) or (waiting.get("", []) if kernel else [])
+        found.append(_predict_program(path, match.group(2), kernel, target, given.pop(0) if given else {}))
     return tuple(found)
 
 
-def _predict_program(path: Path, name: str, target: str, words: Words) -> Prediction:
+def _predict_program(path: Path, name: str, kernel: bool, target: str, words: Words) -> Prediction:
     core, program = CORES[target], read_bundles(path)
     machine = Machine(program, core.delay, lambda first, end: core.matrix.stalls(program, first, end))
     run = machine.run(core.memory(_alone(machine, core, words)), words)
@@ -142,7 +157,7 @@ def _predict_program(path: Path, name: str, target: str, words: Words) -> Predic
     return Prediction(
         program=re.sub(r"\.\d+$", "", name),
         target=target,
-        kernel=_KERNEL in _beside(path, "schedule-analysis_final_bundles.txt"),
+        kernel=kernel,
         cycles=run.cycles,
         waits=sum(run.waits.values()),
         held=sum(machine.stalled[first] * visits for first, visits in run.visits.items()),

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
-from importlib import import_module
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .programs import Job, spec_of, tpu_program, unsupported
+from crosstile.kernels.tiles.tuned import changed_tiles
+
+from .programs import Job, chosen_tiles, tpu_program, unsupported
 from .shape import Shape, numpy_dtype
 from .shapes import get_shape
 from .steering import known_results, steering
@@ -25,43 +25,34 @@ from .steering import known_results, steering
 
 def dump(job: Job, tiles: Mapping[str, int], folder: Path) -> None:
     """Compile for the job's target; libtpu writes its own files, and `steering.json` comes beside their folder."""
+    if reasons := unsupported(job):
+        raise ValueError(" ".join(reasons))
+    config = changed_tiles(chosen_tiles(job), tiles) if tiles else None
+    program, arguments = tpu_program(job, config)
+    leave(program, arguments, _values(job, config, arguments), job.target, folder)
+
+
+def leave(
+    program: Callable[..., Any],
+    arguments: Sequence[Any],
+    values: Sequence[Any],
+    target: str,
+    folder: Path,
+    options: Mapping[str, str] | None = None,
+) -> None:
+    """Compile `program(*arguments)`, and write what steers its kernels: `values` has an array for each known argument.
+
+    `options` are the compiler's.
+    """
     import jax
 
     from .tpu import _one_chip
 
-    if reasons := unsupported(job):
-        raise ValueError(" ".join(reasons))
-    config = changed_tiles(_chosen(job), tiles) if tiles else None
-    program, arguments = tpu_program(job, config)
-    placed = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_one_chip(job.target)), tuple(arguments)
-    )
+    place = _one_chip(target)
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tuple(arguments))
     traced = jax.jit(program).trace(*placed)
-    traced.lower(lowering_platforms=("tpu",)).compile()
-    found = steering(traced.jaxpr, _values(job, config, arguments))
-    (folder / "steering.json").write_text(json.dumps(found))
-
-
-def changed_tiles(config: Any, tiles: Mapping[str, int]) -> Any:
-    """The configuration with other values in some fields; `forward.block_q` is a field of its part `forward`.
-
-    Raises ValueError where there is no such field.
-    """
-    for name, value in tiles.items():
-        head, _, rest = name.partition(".")
-        names = [item.name for item in fields(config)]
-        if head not in names or bool(rest) != is_dataclass(getattr(config, head)):
-            inside = [f"{at}.*" if is_dataclass(getattr(config, at)) else at for at in names]
-            raise ValueError(f"config: got {name!r}; it must be one of {', '.join(inside)}")
-        inner = changed_tiles(getattr(config, head), {rest: value}) if rest else value
-        config = replace(config, **{head: inner})
-    return config
-
-
-def _chosen(job: Job) -> Any:
-    from crosstile.kernels.tiles.targets import get_target
-
-    return import_module(f"crosstile.kernels.{job.op}.tiles").choose_config(spec_of(job), get_target(job.target))
+    traced.lower(lowering_platforms=("tpu",)).compile(dict(options) if options else None)
+    (folder / "steering.json").write_text(json.dumps(steering(traced.jaxpr, values)))
 
 
 def _values(job: Job, config: Any, arguments: Sequence[Any]) -> list[Any]:
@@ -73,7 +64,16 @@ def _values(job: Job, config: Any, arguments: Sequence[Any]) -> list[Any]:
         return jax.tree.leaves((floats, {**others, **stand_ins(get_shape(job.shape), job.dtype)}))
     saving = Job(job.target, job.op, "saving", job.shape, job.dtype)
     program, given = tpu_program(saving, config)
-    known = known_results(jax.make_jaxpr(program)(*given), _values(saving, config, given))
+    return saved_values(program, given, _values(saving, config, given), arguments)
+
+
+def saved_values(
+    saving: Callable[..., Any], given: Sequence[Any], values: Sequence[Any], arguments: Sequence[Any]
+) -> list[Any]:
+    """The arguments of a backward, with the values of those that the saving forward finds without its floats."""
+    import jax
+
+    known = known_results(jax.make_jaxpr(saving)(*given), values)
     pull, out = (jax.tree.leaves(argument) for argument in arguments)
     known = [*known[len(out) :], *known[: len(out)]]
     return [leaf if value is None else value for leaf, value in zip((*pull, *out), known, strict=True)]
@@ -106,17 +106,17 @@ def keep_lines() -> None:
     manager.__init__ = without_lines
 
 
-def main() -> None:
-    """Answer the one job on standard input."""
+def answer(handle: Callable[[dict[str, Any], Path], None]) -> None:
+    """Handle what standard input asks, with the folder that the arguments name; what is raised is left there."""
     asked = json.loads(sys.stdin.read())
     keep_lines()
     folder = Path(sys.argv[1])
     try:
-        dump(Job(**asked["job"]), asked["tiles"], folder)
+        handle(asked, folder)
     except Exception as error:  # whatever the compiler raises is the answer
         (folder / "refusal.txt").write_text(f"{type(error).__name__}: {error}")
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    answer(lambda asked, folder: dump(Job(**asked["job"]), asked["tiles"], folder))

@@ -14,6 +14,7 @@ class GluShape(Shape):
     """One glu_matmul call: `activation(x[m, k] @ w_gate[k, n]) * (x @ w_up)`, both weights stored as `[n, k]`."""
 
     op: ClassVar[str] = "glu_matmul"
+    counts: ClassVar[tuple[str, ...]] = ("m",)
 
     m: int
     k: int

@@ -24,6 +24,7 @@ class GroupedShape(Shape):
     """
 
     op: ClassVar[str] = "grouped_matmul"
+    counts: ClassVar[tuple[str, ...]] = ("tokens",)
 
     tokens: int
     groups: int
@@ -142,6 +143,8 @@ def _quantized_shapes() -> list[GroupedShape]:
 GROUPED = (
     GroupedShape("mixtral-8x7b-experts", 8192, 8, 4096, 14336, "silu"),
     GroupedShape("mixtral-8x7b-down", 8192, 8, 14336, 4096, weight_rows_are_outputs=True, everyday=False),
+    GroupedShape("mixtral-8x7b-gate-product", 8192, 8, 4096, 14336, everyday=False),
+    GroupedShape("mixtral-8x7b-down-product", 8192, 8, 14336, 4096, everyday=False),
     GroupedShape("qwen3-30b-a3b-experts", 32768, 128, 2048, 768, "silu", weight_rows_are_outputs=True, everyday=False),
     GroupedShape("qwen3-30b-a3b-down", 32768, 128, 768, 2048),
     GroupedShape("qwen3-30b-a3b-decode", 64, 128, 2048, 768, "silu", trains=False, everyday=False),

@@ -20,6 +20,7 @@ class MatmulShape(Shape):
     """
 
     op: ClassVar[str] = "matmul"
+    counts: ClassVar[tuple[str, ...]] = ("m",)
 
     m: int
     k: int
@@ -72,6 +73,8 @@ MATMUL = (
     MatmulShape("llama-3-8b-decode-16-down", 16, 14336, 4096, residual=True, trains=False, everyday=False),
     MatmulShape("llama-3-8b-decode-64-gate", 64, 4096, 14336, activation="silu", trains=False, everyday=False),
     MatmulShape("square-4096", 4096, 4096, 4096, everyday=False),
+    MatmulShape("llama-3-8b-gate-product", 4096, 4096, 14336, everyday=False),
+    MatmulShape("llama-3-8b-down-product", 4096, 14336, 4096, everyday=False),
     MatmulShape("long-k", 512, 65536, 512, everyday=False),
     MatmulShape("odd", 1001, 1003, 1005, bias=True, activation="gelu", residual=True, everyday=False),
     MatmulShape("odd-decode", 3, 1003, 1005, trains=False, everyday=False),

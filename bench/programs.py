@@ -70,16 +70,22 @@ def spec_of(job: Job) -> Any:
     return _prepared(job)[0]
 
 
+def chosen_tiles(job: Job) -> Any:
+    """The tiles that the library chooses for this job's arrays."""
+    spec, inputs = _prepared(job)
+    return OPS[job.op].tiles(spec, get_target(job.target), inputs)[0]
+
+
 def _prepared(job: Job) -> tuple[Any, tuple[Any, ...]]:
     spec, inputs = get_shape(job.shape).prepare(job.dtype)
     return (spec if job.direction == "forward" else OPS[job.op].module("spec").saving(spec)), inputs
 
 
-def gpu_plan(job: Job) -> Plan:
-    """The launches of the op's Triton kernels with the tiles that the library chooses for the target."""
+def gpu_plan(job: Job, config: Any = None) -> Plan:
+    """The launches of the op's Triton kernels; `config` are its tiles, None for those that the library chooses."""
     kernel, target = import_module(f"crosstile.kernels.{job.op}.triton"), get_target(job.target)
     spec, found = _prepared(job)
-    config = _tiles_of(job).choose_config(spec, target)
+    config = config or OPS[job.op].tiles(spec, target, tuple(found))[0]
     if not get_shape(job.shape).known_to_host:
         found = map_arrays(_describe, tuple(found))
     inputs = map_arrays(_describe, completed(OPS[job.op], "triton", spec, config, target, tuple(found)))
@@ -125,18 +131,30 @@ def tpu_program(job: Job, config: Any = None) -> tuple[Callable[..., Any], tuple
 
         return run
 
-    if job.direction == "forward":
-        return for_target(call), (floats, others)
-    saving = for_target(lambda floats, others: jax.vjp(lambda floats: call(floats, others), floats))
-    if job.direction == "saving":
+    program, arguments = directed(for_target(call), floats, others, job.direction)
+    return for_target(program), arguments
+
+
+def directed(
+    call: Callable[..., Any], floats: Mapping[str, Any], others: Mapping[str, Any], direction: Direction
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The program of one direction of `call(floats, others)`, and its arguments: a backward's are what was saved."""
+    import jax
+
+    def saving(floats: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+        return jax.vjp(lambda floats: call(floats, others), floats)
+
+    if direction == "forward":
+        return call, (floats, others)
+    if direction == "saving":
         return saving, (floats, others)
     out, pull = jax.eval_shape(saving, floats, others)
-    return for_target(lambda pull, gradient: pull(gradient)), (pull, out)
+    return lambda pull, gradient: pull(gradient), (pull, out)
 
 
 def tiles_by_kernel(job: Job) -> Callable[[str], str]:
     """A TPU kernel's tiles from its name: of the configuration's field that the name ends in, else of every field."""
-    config = _tiles_of(job).choose_config(spec_of(job), get_target(job.target))
+    config = chosen_tiles(job)
     parts = {name: _blocks(part) for name, part in vars(config).items() if hasattr(part, "__dict__")}
 
     def tiles(kernel: str) -> str:
@@ -152,7 +170,3 @@ def tiles_by_kernel(job: Job) -> Callable[[str], str]:
 def _blocks(config: Any) -> str:
     parts = [(name.removeprefix("block_"), value) for name, value in vars(config).items() if name.startswith("block_")]
     return ", ".join(f"{name} {value}" for name, value in parts)
-
-
-def _tiles_of(job: Job) -> Any:
-    return import_module(f"crosstile.kernels.{job.op}.tiles")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 from typing import Any, ClassVar
 
@@ -23,11 +23,13 @@ class Shape(ABC):
         multiplies: whether one of the op's kernels must use the matrix units.
         trains: whether it has a backward.
         everyday: whether it is compiled where no shape is named, or only with `--all`.
+        counts: the fields that count tokens, which tuning sets to several lengths.
         known_to_host: whether the arrays that `call` makes are the host's, who tells the kernels what a mask hides.
     """
 
     op: ClassVar[str]
     multiplies: ClassVar[bool] = True
+    counts: ClassVar[tuple[str, ...]] = ()
 
     name: str
     trains: bool = field(default=True, kw_only=True)
@@ -73,6 +75,19 @@ class Shape(ABC):
         spec, inputs = calls.PREPARE[self.function](**self.call(arrays))
         spec, inputs, _ = calls.CANONICAL[self.op](np, spec, inputs)
         return spec, inputs
+
+    def resized(self, sizes: Mapping[str, int]) -> Shape:
+        """The same call with other sizes, named `name@field=number,field=number`.
+
+        Raises ValueError for a field that is no size.
+        """
+        known = [item.name for item in fields(self) if type(getattr(self, item.name)) is int]
+        for field_name in sizes:
+            if field_name not in known:
+                raise ValueError(f"shape: {self.name} has no size {field_name!r}; it has {', '.join(known)}")
+        said = ",".join(f"{field_name}={size}" for field_name, size in sizes.items())
+        changed: dict[str, Any] = {**sizes, "name": f"{self.name}@{said}"}
+        return replace(self, **changed)
 
     def bytes(self, dtype: str) -> float:
         """What a fused forward must move: each array once, and what it returns once."""

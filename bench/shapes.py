@@ -30,8 +30,22 @@ QUICK = (
 
 
 def get_shape(name: str) -> Shape:
-    """The shape of that name. Raises ValueError with the names there are."""
+    """The shape of that name; `llama-3-8b@q_len=1024,kv_len=1024` is that shape with other sizes.
+
+    Raises ValueError with the names there are.
+    """
+    base, _, sizes = name.partition("@")
     for shape in SHAPES:
-        if shape.name == name:
-            return shape
+        if shape.name == base:
+            return shape.resized(_sizes(sizes)) if sizes else shape
     raise ValueError(f"shape: got {name!r}; it must be one of {', '.join(shape.name for shape in SHAPES)}")
+
+
+def _sizes(text: str) -> dict[str, int]:
+    found = {}
+    for item in text.split(","):
+        name, equals, value = item.partition("=")
+        if not equals or not value.isdigit():
+            raise ValueError(f"shape: got {item!r} after @; it must be SIZE=NUMBER")
+        found[name] = int(value)
+    return found

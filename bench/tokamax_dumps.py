@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .steering import steering
-from .tpu import TOPOLOGIES, environment
+from .tpu import TOPOLOGIES, as_if_on, environment
 
 FOLDERS = {"v5e": "tpu_v5_lite", "v5p": "tpu_v5", "v6e": "tpu_v6_lite", "v7x": "tpu7x"}
 OPS = {
@@ -106,21 +106,12 @@ def compile_entry(op: str, entry: dict[str, Any], chip: str, dump: Path) -> list
     placed = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for array in arrays)
     shutil.rmtree(dump, ignore_errors=True)
     dump.mkdir(parents=True)
-    with _as_if_on(device):
+    with as_if_on(device):
         traced = jax.jit(function).trace(placed)
         traced.lower(lowering_platforms=("tpu",)).compile()
     integers = [jax.numpy.issubdtype(array.dtype, jax.numpy.integer) for array in arrays]
     values = [numerics.random_initialize(a) if known else a for a, known in zip(arrays, integers, strict=True)]
     return steering(traced.jaxpr, values)
-
-
-def _as_if_on(device: Any) -> Any:
-    """A context in which kernels that ask jax which TPU this is are told that one."""
-    import jax
-    from jax.sharding import AbstractDevice, AbstractMesh
-
-    told = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=told))
 
 
 def main() -> None:

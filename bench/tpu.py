@@ -110,11 +110,31 @@ def _facts(schedule: Schedule, dot_dtype: str, tiles: str, seconds: float) -> Ke
 
 @cache
 def _one_chip(target_name: str) -> Any:
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
 
-    topology = topologies.get_topology_desc(TOPOLOGIES[target_name], platform="tpu")
-    return SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(one_device(target_name))
+
+
+@cache
+def one_device(target_name: str) -> Any:
+    """What jax calls a device: one of a topology of that chip, which is not here."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(TOPOLOGIES[target_name], platform="tpu").devices[0]
+
+
+def empty_dump() -> None:
+    """Forget what the compiler wrote so far in this process, whose environment `environment` made."""
+    _empty(Path(os.environ[_DUMP]))
+
+
+def as_if_on(device: Any) -> Any:
+    """A context in which kernels that ask jax which TPU this is are told that one."""
+    import jax
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    told = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=told))
 
 
 def _empty(folder: Path) -> None:

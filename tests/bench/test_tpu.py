@@ -42,7 +42,8 @@ for program, size in ((good, 256), (too_large, 4096)):
     try:
         shape = jax.ShapeDtypeStruct((size, size), jnp.bfloat16)
         for facts in compile_program(program, [shape], "v5e", lambda kernel: "none"):
-            print(facts.kernel, facts.dot_dtype or "none", *facts.matrix, bool(facts.spills), *over_budget(facts, "v5e"))
+            found = over_budget(facts, "v5e")
+            print(facts.kernel, facts.dot_dtype or "none", *facts.matrix, bool(facts.spills), *found)
     except Exception as error:
         print("refused", "vmem" in str(error).lower())
 """

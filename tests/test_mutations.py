@@ -220,6 +220,7 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         "blind": AttentionProblem(52, 40, True),
         "window": FeatureProblem({"window_left": 11, "window_right": 6}, {}, 100, 120, 1),
         "wide window": FeatureProblem({"window_left": 60, "window_right": 40}, {}, 100, 120, 1),
+        "window of tiles": FeatureProblem({"causal": True, "window_left": 31}, {}, 64, 64, 1),
         "lengths": FeatureProblem({"causal": True}, {"q_lengths": ints(40, 13), "kv_lengths": ints(20, 52)}),
         "padded": FeatureProblem({}, {"q_lengths": ints(40, 13), "kv_lengths": ints(20, 52)}),
         "packed": FeatureProblem(
@@ -584,18 +585,21 @@ ATTENTION_PALLAS = Suite(
         Mutation("the sum is not rescaled", PF, "total_ref[...] * shrink", "total_ref[...]"),
         Mutation("the accumulator is not rescaled", PF, "acc[dims, strip] * shrink[:, strip]", "acc[dims, strip]"),
         Mutation(
-            "no mask on a diagonal",
-            PT,
-            "is Seen.MASKED or (self is Seen.DIAGONAL",
-            "is Seen.MASKED or (False",
-            problems=("square",),
+            "no mask on a diagonal", PT, "return keys.stop - 1 > strip.start", "return False", problems=("square",)
         ),
         Mutation(
             "a part of a diagonal's keys skipped",
             PT,
-            "(block_kv, -(-strip.stop // part) * part)",
-            "(block_kv, strip.stop - part)",
+            "-(-strip.stop // part) * part",
+            "strip.stop - part",
             problems=("square",),
+        ),
+        Mutation(
+            "no mask on a window's left diagonal",
+            PT,
+            "return keys.start < strip.stop",
+            "return False",
+            problems=("window of tiles",),
         ),
         Mutation("lse in base 2", PF, "(peak + jnp.log2(divisor)) * LN_2", "(peak + jnp.log2(divisor))"),
         Mutation("blind rows divide by 0", PF, "jnp.where(empty, 1, total)", "total", problems=("blind",)),

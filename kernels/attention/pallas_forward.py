@@ -61,7 +61,7 @@ def forward(
     query_bytes = 2 * width * item_bytes + 4 * v_dim + (4 + item_bytes) * block_kv
     major, stretches = stretch(kv_len, block_kv, key_bytes, stretch_room(block_q * query_bytes, target))
     if stretches > 1:  # the last tile of a stretch may be any
-        tiling = replace(tiling, diagonal=False)
+        tiling = replace(tiling, diagonal=False, left_diagonal=False)
 
     def kv_stretch(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
         # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
@@ -158,7 +158,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
     b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
     first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
     sequence = tiling.sequence(b, scalars)
-    edge = Seen.DIAGONAL if tiling.diagonal and not wide and not scores.changes_weights else Seen.MASKED
+    cuts_corners = not wide and not scores.changes_weights
+    edge = Seen.UP_TO_DIAGONAL if tiling.diagonal and cuts_corners else Seen.MASKED
 
     @pl.when(pl.program_id(3) == 0)
     def _start() -> None:
@@ -179,7 +180,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         """Write the scores of some keys of a tile and a strip of queries, and keep their maximum."""
         first = pl.multiple_of(tile * block_kv, block_kv) + row
         products = fold(dot(k_ref[pl.ds(first, part), :], q_ref[:, strip]))
-        finish(row, first, products, strip, seen.masks(slice(row, row + part), strip), seen is Seen.DIAGONAL)
+        finish(row, first, products, strip, seen.masks(slice(row, row + part), strip), seen)
 
     def score_in_loops(tile: Any, row: int, seen: Seen) -> None:
         """The same for all queries."""
@@ -189,16 +190,16 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         def each(number: Any, _: None) -> None:
             at = pl.multiple_of(number * few, few)
             products = fold(scores_ref[pl.ds(row + at, few), :])
-            finish(row + at, first + at, products, slice(0, block_q), seen is not Seen.WHOLE, False)
+            finish(row + at, first + at, products, slice(0, block_q), seen is not Seen.WHOLE, seen)
 
         lax.fori_loop(0, part // few, each, None)
 
-    def finish(row: Any, first: Any, products: jax.Array, strip: slice, masked: bool, diagonal: bool) -> None:
+    def finish(row: Any, first: Any, products: jax.Array, strip: slice, masked: bool, seen: Seen) -> None:
         """Make scores of the products of some rows of a tile, which lie at `first` in the stretch."""
         size = products.shape[0] * SUBLANES
         key, keys, queries = first_tile * block_kv + first, pl.ds(first, size), pl.ds(strip.start, products.shape[2])
         place = Place(b, h, query + strip.start, key, queries, keys, sequence, sources)
-        found, _ = scores.of_tile(products, place, masked, diagonal)
+        found, _ = scores.of_tile(products, place, masked, seen)
         scores_ref[pl.ds(row, size), strip] = unfold(found)
         best_ref[:, strip] = jnp.maximum(best_ref[:, strip], found.max(axis=0))
 
@@ -215,18 +216,18 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         if scores.changes_weights:
             lax.fori_loop(0, block_kv // few, partial(change, tile, finite_peak), None)
         for strip in strips:
-            count = adding.keys(block_kv, part, strip)
-            followed = 0 if following is None or in_loops(following) else following.keys(block_kv, part, strip)
+            added = adding.keys(block_kv, part, strip)
+            followed = range(0) if following is None or in_loops(following) else following.keys(block_kv, part, strip)
             for row in range(0, block_kv, part):
-                if row < count and not scores.changes_weights:
+                if row in added and not scores.changes_weights:
                     weigh(row, strip, finite_peak[:, strip])
-                if following is not None and row < followed:
+                if following is not None and row in followed:
                     score(tile + 1, row, strip, following)
-            keys = pl.ds(pl.multiple_of(tile * block_kv, block_kv), count)
+            keys = pl.ds(pl.multiple_of(tile * block_kv, block_kv) + added.start, len(added) * part)
+            weights = weights_ref[added.start : added.stop, strip]
             for dim in range(0, v_ref.shape[0], LANES):
                 dims = slice(dim, dim + LANES)
-                added = dot(v_ref[dims, keys], weights_ref[:count, strip])
-                acc[dims, strip] = acc[dims, strip] * shrink[:, strip] + added
+                acc[dims, strip] = acc[dims, strip] * shrink[:, strip] + dot(v_ref[dims, keys], weights)
         if following is not None and in_loops(following):
             for row in range(0, block_kv, part):
                 score_in_loops(tile + 1, row, following)
@@ -255,22 +256,38 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
     def walk(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
         pl.when(end > begin)(partial(walk_some, begin, whole_begin, whole_end, end))
 
+    def begin_with(tile: Any, seen: Seen) -> None:
+        """Write the scores of the first tile."""
+        if in_loops(seen):
+            for row in range(0, block_kv, part):
+                score_in_loops(tile, row, seen)
+        else:
+            for strip in strips:
+                for row in seen.keys(block_kv, part, strip):
+                    score(tile, row, strip, seen)
+
     def walk_some(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
         cut = tiling.has_partial_tiles or scores.sparse
         seen = Seen.MASKED if cut else Seen.WHOLE
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
-        for row in range(0, block_kv, part):
-            if in_loops(seen):
-                score_in_loops(begin, row, seen)
-            else:
-                for strip in strips:
-                    score(begin, row, strip, seen)
         # Each loop goes by the tile whose scores it writes, the one after the tile that it adds. What was written with
         # a mask may be added as whole.
-        first = begin
-        if tiling.left is not None or scores.sparse:
-            first = jnp.clip(whole_begin - 1, begin, end - 1)
-            lax.fori_loop(begin, first, partial(step, following=Seen.MASKED), None)
+        if tiling.left_diagonal and cuts_corners:
+            second = Seen.WHOLE if tiling.left >= block_kv else edge
+
+            def add_first() -> None:
+                begin_with(begin, Seen.PAST_DIAGONAL)
+                step(begin, None, adding=Seen.PAST_DIAGONAL, following=second)
+
+            pl.when(whole_begin > begin)(add_first)
+            pl.when(whole_begin <= begin)(partial(begin_with, begin, seen))
+            first = jnp.where(whole_begin > begin, begin + 1, begin)
+        else:
+            begin_with(begin, seen)
+            first = begin
+            if tiling.left is not None or scores.sparse:
+                first = jnp.clip(whole_begin - 1, begin, end - 1)
+                lax.fori_loop(begin, first, partial(step, following=Seen.MASKED), None)
         last = jnp.maximum(jnp.minimum(whole_end, end) - 1, first)
         lax.fori_loop(first, last, step, None)
         if cut:

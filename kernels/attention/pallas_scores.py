@@ -21,7 +21,7 @@ from ..tiles.expressions import INDICES, SCORE, Expression, children, evaluate, 
 from ..tiles.expressions import planes as slots_of
 from ..tiles.pallas_philox import kept
 from ..tiles.pallas_tiles import LANES, LOG2_E, SUBLANES, common_rows, fold, pad_to
-from .pallas_tiling import Sequence, Tiling
+from .pallas_tiling import Seen, Sequence, Tiling
 from .spec import AttentionInputs, AttentionSpec
 
 
@@ -190,11 +190,11 @@ class Scores:
         return values
 
     def of_tile(
-        self, products: jax.Array, place: Place, masked: bool, diagonal: bool = False
+        self, products: jax.Array, place: Place, masked: bool, edge: Seen = Seen.MASKED
     ) -> tuple[jax.Array, dict[Expression, Any]]:
         """The scores in base 2, -inf where they are not seen, and what the expressions were given.
 
-        masked: whether the tile is seen in part, and else whole. diagonal: whether a window's right edge alone cuts it.
+        masked: whether the tile is seen in part, and else whole. edge: if in part, how.
         """
         expressed = self.score is not None or self.masks(masked)
         values = self.values(products, place) if expressed else {}
@@ -204,7 +204,7 @@ class Scores:
             scores = full(evaluate(self.score, values, FUNCTIONS), products.shape) * LOG2_E
         if masked and place.sequence.tiling.has_partial_tiles:
             rows, columns = products.shape[0] * SUBLANES, products.shape[2]
-            seen = place.sequence.mask(place.query, place.key, rows, columns, diagonal)
+            seen = place.sequence.mask(place.query, place.key, rows, columns, edge)
             scores = jnp.where(seen, scores, -jnp.inf)
         if self.masks(masked) and self.mask is not None:
             scores = jnp.where(full(truth(evaluate(self.mask, values, FUNCTIONS)), products.shape), scores, -jnp.inf)

@@ -21,19 +21,27 @@ _STRIP = 256  # queries: a matrix unit's width, or two of them side by side
 
 
 class Seen(Enum):
-    """What of a tile its queries see: all of it, what a mask says, or what a diagonal from corner to corner leaves."""
+    """What of a tile its queries see: all of it, what a mask says, or what lies on one side of a diagonal from corner
+    to corner: the keys up to a window's right edge, or those from its left edge on."""
 
     WHOLE = auto()
     MASKED = auto()
-    DIAGONAL = auto()
+    UP_TO_DIAGONAL = auto()
+    PAST_DIAGONAL = auto()
 
-    def keys(self, block_kv: int, part: int, strip: slice) -> int:
-        """How many of a tile's keys, from its first and in whole parts, some query of a strip sees."""
-        return min(block_kv, -(-strip.stop // part) * part) if self is Seen.DIAGONAL else block_kv
+    def keys(self, block_kv: int, part: int, strip: slice) -> range:
+        """The first keys of those parts of a tile of which some query of a strip sees something."""
+        if self is Seen.UP_TO_DIAGONAL:
+            return range(0, min(block_kv, -(-strip.stop // part) * part), part)
+        return range(strip.start // part * part if self is Seen.PAST_DIAGONAL else 0, block_kv, part)
 
     def masks(self, keys: slice, strip: slice) -> bool:
         """Whether some query of a strip may not see some of the keys, all counted in the tile."""
-        return self is Seen.MASKED or (self is Seen.DIAGONAL and keys.stop - 1 > strip.start)
+        if self is Seen.UP_TO_DIAGONAL:
+            return keys.stop - 1 > strip.start
+        if self is Seen.PAST_DIAGONAL:
+            return keys.start < strip.stop
+        return self is Seen.MASKED
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,7 @@ class Tiling:
         has_runs: whether a list says which tiles the mask shows (`sparsity.py`).
         drops: whether weights are dropped.
         diagonal: whether a window's right edge goes through tiles from corner to corner, and nothing else cuts those.
+        left_diagonal: whether its left edge does, too.
     """
 
     q_size: int
@@ -65,6 +74,7 @@ class Tiling:
     has_runs: bool
     drops: bool
     diagonal: bool
+    left_diagonal: bool
 
     @staticmethod
     def choose(
@@ -83,6 +93,7 @@ class Tiling:
         strip = _STRIP if target.matrix_unit else 4 * SUBLANES
         plain = spec.score is None and spec.mask is None and not has_lengths and not hides_queries
         square = right == 0 and block_q == block_kv and (sizes[1] - sizes[0]) % block_q == 0
+        diagonal = plain and square and (left is None or left >= block_kv - 1)
         return Tiling(
             *sizes,
             block_q,
@@ -96,7 +107,8 @@ class Tiling:
             rolled=few_registers(target),
             has_runs=has_runs,
             drops=spec.dropout > 0,
-            diagonal=plain and square and (left is None or left >= block_kv - 1),
+            diagonal=diagonal,
+            left_diagonal=diagonal and left is not None and (left + 1) % block_kv == 0,
         )
 
     @property
@@ -232,10 +244,8 @@ class Sequence:
             seen = seen & (key + rows - 1 >= query + self.offset - tiling.left)
         return seen
 
-    def mask(self, query: Any, key: Any, rows: int, columns: int, diagonal: bool = False) -> jax.Array:
-        """bool [rows / 8, 8, columns]: which queries from `query` see which keys from `key`.
-
-        diagonal: whether nothing but the window's right edge is there to see.
+    def mask(self, query: Any, key: Any, rows: int, columns: int, seen: Seen = Seen.MASKED) -> jax.Array:
+        """bool [rows / 8, 8, columns]: which queries from `query` see which keys from `key`, in a tile so seen.
 
         The comparison is by group of eight keys, so that what a loop keeps in registers is one group's indices.
         """
@@ -243,18 +253,18 @@ class Sequence:
         keys, queries = (lax.broadcasted_iota(jnp.int32, (1, SUBLANES, columns), axis) for axis in (1, 2))
         group = SUBLANES * lax.broadcasted_iota(jnp.int32, (rows // SUBLANES, SUBLANES, columns), 0)
         conditions = []
-        if tiling.right is not None:
+        if tiling.right is not None and seen is not Seen.PAST_DIAGONAL:
             conditions.append(keys - queries <= query - key + self.offset + tiling.right - group)
-        if tiling.left is not None and not diagonal:
+        if tiling.left is not None and seen is not Seen.UP_TO_DIAGONAL:
             conditions.append(keys - queries >= query - key + self.offset - tiling.left - group)
         if not tiling.ends_with_window:
             conditions.append(keys < self.kv_len - key - group)
         if tiling.has_partial_queries:
             conditions.append(jnp.broadcast_to(queries < self.q_len - query, group.shape))
-        seen = conditions[0]
+        visible = conditions[0]
         for condition in conditions[1:]:
-            seen = seen & condition
-        return seen
+            visible = visible & condition
+        return visible
 
     def _clip_to(self, size: Any) -> Any:
         return lambda x: jnp.clip(x, 0, size)

@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_within, attention_by_torch, rounded
 
 from crosstile.kernels.attention import pallas as kernels
-from crosstile.kernels.attention import reference
+from crosstile.kernels.attention import pallas_forward, reference
 from crosstile.kernels.attention.pallas_tiling import Tiling
 from crosstile.kernels.attention.spec import AttentionSpec
 from crosstile.kernels.attention.tiles import AttentionConfig, AttentionTiles, choose_config
@@ -44,13 +44,15 @@ class Case:
     kv_heads: int = 2
     batch: int = 1
     causal: bool = True
+    window_left: int | None = None
     scale: float | None = None
     dtype: str = "float32"
     with_dlse: bool = True
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.dtype, self.head_dim, self.v_dim, self.causal, self.scale)
+        options = {"causal": self.causal, "scale": self.scale, "window_left": self.window_left}
+        return AttentionSpec(self.dtype, self.head_dim, self.v_dim, **options)
 
     @cached_property
     def exact_arrays(self) -> dict[str, np.ndarray]:
@@ -224,14 +226,19 @@ def test_tiles_change_nothing(tiles):
         Case(q_len=100, kv_len=100, head_dim=16, v_dim=16, kv_heads=1),
         Case(q_len=192, kv_len=64, head_dim=16, v_dim=16),
         Case(q_len=128, kv_len=128, head_dim=16, v_dim=16, dtype="bfloat16"),
+        Case(q_len=256, kv_len=256, head_dim=16, v_dim=16, window_left=63),
+        Case(q_len=192, kv_len=256, head_dim=16, v_dim=16, window_left=127),
+        Case(q_len=256, kv_len=128, head_dim=16, v_dim=16, window_left=127),
     ],
-    ids=["more keys", "padded", "rows without a key", "bfloat16"],
+    ids=["more keys", "padded", "rows without a key", "bfloat16", "window of a tile", "window", "window without a key"],
 )
-def test_a_diagonal_from_corner_to_corner(case):
-    """Square tiles of which a strip of queries sees the first keys only: the others are not computed."""
+def test_a_diagonal_from_corner_to_corner(case, monkeypatch):
+    """Square tiles of which a strip of queries sees the first keys only, or the last: the others are not computed."""
+    monkeypatch.setattr(pallas_forward, "stretch_room", lambda other_bytes, target: 2**20)  # all keys in one stretch
     tiles = AttentionTiles(64, 64)
-    sizes = case.q_len, case.kv_len
-    assert Tiling.choose(case.spec, tiles, INTERPRET, sizes, False).diagonal
+    tiling = Tiling.choose(case.spec, tiles, INTERPRET, (case.q_len, case.kv_len), False)
+    assert tiling.diagonal
+    assert tiling.left_diagonal == (case.window_left is not None)
     check(case, AttentionConfig(tiles, tiles, tiles))
 
 

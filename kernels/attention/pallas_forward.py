@@ -273,7 +273,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         # Each loop goes by the tile whose scores it writes, the one after the tile that it adds. What was written with
         # a mask may be added as whole.
         if tiling.left_diagonal and cuts_corners:
-            second = Seen.WHOLE if tiling.left >= block_kv else edge
+            second = edge if tiling.left == block_kv - 1 else Seen.WHOLE
 
             def add_first() -> None:
                 begin_with(begin, Seen.PAST_DIAGONAL)

@@ -26,7 +26,6 @@ from ..tiles.pallas_tiles import (
     LOW_PRODUCTS,
     call_params,
     contract,
-    few_registers,
     fit_block,
     in_chunks,
     in_pieces,
@@ -38,7 +37,6 @@ from .spec import MatmulSpec
 from .tiles import MatmulConfig, of_rows
 
 PRECISIONS = ("bf16x3", "bf16x6")
-_COLUMNS = 512  # what the matrix units of a core hold beside each other, four of 128 or two of 256
 
 
 def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -153,7 +151,7 @@ def _product(
         transpose_b=transpose_b,
         steps=steps,
         tail=k - (steps - 1) * block_k,
-        columns=_columns(a.dtype, target),
+        columns=target.matrix_unit or LANES,
         piece=piece_of(out.shape, target),
     )
     results = pl.pallas_call(
@@ -239,7 +237,7 @@ def _product_kernel(
                 for index, (p, q) in enumerate(lower):
                     add(low_ref, p, q, cols, first=index == 0)
 
-        # A few columns at a time: a whole tile's products would not fit the registers.
+        # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
         in_chunks(out_ref.shape[1], columns, multiply_columns)
 
     block_k = a_ref.shape[0 if transpose_a else 1]
@@ -257,12 +255,6 @@ def _product_kernel(
         finish(z, rows, cols, bias_ref, residual_ref, out_ref, preactivation_ref, activation)
 
     pl.when(step == steps - 1)(lambda: in_pieces(out_ref.shape, piece, store))
-
-
-def _columns(dtype: Any, target: Target) -> int:
-    """How many columns are multiplied at a time: what all matrix units hold, or one where registers hold no more."""
-    alone = target.interpreted or dtype == jnp.float32 or few_registers(target)
-    return (target.matrix_unit or LANES) if alone else _COLUMNS
 
 
 def _block(name: str, block: int, size: int, target: Target) -> int:

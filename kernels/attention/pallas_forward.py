@@ -292,7 +292,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         lax.fori_loop(first, last, step, None)
         if cut:
             lax.fori_loop(last, end - 1, partial(step, following=edge), None)
-        step(end - 1, None, adding=edge if tiling.diagonal else Seen.WHOLE, following=None)
+        step(end - 1, None, adding=edge, following=None)
 
     bounds = sequence.visible_kv(query)
     if scores.sparse:

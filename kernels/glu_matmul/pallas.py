@@ -28,10 +28,10 @@ from ..tiles.pallas_tiles import (
     call_params,
     contract,
     elementwise_piece,
-    fit_block,
     in_chunks,
     in_pieces,
     split_parts,
+    whole_or_fit,
 )
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
@@ -249,7 +249,7 @@ def _total(sums_ref: Any, low_ref: Any | None, rows: Any, cols: Any) -> jax.Arra
 def _blocks(tiles: GluMatmulTiles, sizes: tuple[int, int, int], target: Target) -> tuple[int, int, int]:
     """Along m, n and k: the whole of a dimension if the block holds it, else blocks of even size."""
     named = zip(("block_m", "block_n", "block_k"), (tiles.block_m, tiles.block_n, tiles.block_k), sizes, strict=True)
-    m, n, k = (size if size <= block else fit_block(name, block, size, target) for name, block, size in named)
+    m, n, k = (whole_or_fit(name, block, size, target) for name, block, size in named)
     return m, n, k
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..tiles.targets import MIB, Target
-from ..tiles.tpu_blocks import BLOCKS, best_tile, deepest_step, is_safe, shrunk_block, vmem_of_kernel
+from ..tiles.tpu_blocks import BLOCKS, best_tile, deepest_step, is_safe, shrunk_block, vmem_budget
 from .spec import GluMatmulSpec
 
 
@@ -138,6 +138,6 @@ def fits(spec: GluMatmulSpec, target: Target, config: GluMatmulConfig, sizes: Gl
         tiles = getattr(config, part)
         blocks = (tiles.block_m, tiles.block_n, tiles.block_k)
         m, n, k = (shrunk_block(block, size) for block, size in zip(blocks, product, strict=True))
-        if _tpu_bytes(part, m, n, k) > vmem_of_kernel(target) or not is_safe(target, m, k, product[2]):
+        if _tpu_bytes(part, m, n, k) > vmem_budget(target) or not is_safe(target, m, k, product[2]):
             return False
     return True

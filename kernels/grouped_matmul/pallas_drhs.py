@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, call_params, elementwise_piece, in_pieces, write_parts
+from ..tiles.pallas_tiles import LANES, call_params, elementwise_piece, in_pieces, whole_or_fit, write_parts
 from ..tiles.targets import Target
-from .pallas_products import add_product, fit, scratch, set_zero, total
+from .pallas_products import add_product, scratch, set_zero, total
 from .pallas_schedule import Visits, fit_rows
 from .tiles import GroupedMatmulTiles
 
@@ -31,7 +31,10 @@ def drhs(
     out = jax.ShapeDtypeStruct((batch, groups, m, n), left.dtype)
     if not (batch and tokens and n and m and groups):
         return [jnp.zeros(out.shape, out.dtype) for _ in rights]
-    block_m, block_n = fit("block_m", tiles.block_m, m, target), fit("block_n", tiles.block_n, n, target)
+    block_m, block_n = (
+        whole_or_fit("block_m", tiles.block_m, m, target),
+        whole_or_fit("block_n", tiles.block_n, n, target),
+    )
     block_k = fit_rows("block_k", tiles.block_k, tokens, groups, target)
     visits = Visits.of(sizes, tokens, block_k, every=True)
 

@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, contract, fit_block, in_chunks
-from ..tiles.targets import Target
+from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, contract, in_chunks
 
 DEEP = 512  # how much of k one product takes
 
@@ -68,11 +67,6 @@ def total(sums: list[Any], lows: list[Any] | None, place: int, rows: Any, cols: 
 def set_zero(ref: Any, rows: Any, cols: Any) -> None:
     """Write zeros to a piece."""
     ref[rows, cols] = jnp.zeros_like(ref[rows, cols])
-
-
-def fit(name: str, block: int, size: int, target: Target) -> int:
-    """The whole of a dimension if the block holds it, else blocks of even size."""
-    return size if size <= block else fit_block(name, block, size, target)
 
 
 def scratch(

@@ -30,9 +30,10 @@ from ..tiles.pallas_tiles import (
     in_pieces,
     round_up,
     split_parts,
+    whole_or_fit,
 )
 from ..tiles.targets import Target
-from .pallas_products import add_product, fit, total
+from .pallas_products import add_product, total
 from .pallas_schedule import Visits, fit_rows
 from .spec import GroupedMatmulSpec
 from .tiles import GroupedMatmulTiles
@@ -67,7 +68,7 @@ def quantized_rows(
 
     form, scaled = FORMATS[spec.format or ""], bool(spec.group_size)
     block_m = fit_rows("block_m", tiles.block_m, tokens, groups, target)
-    block_n, block_k = fit("block_n", tiles.block_n, n, target), _block_k(spec, tiles.block_k, k)
+    block_n, block_k = whole_or_fit("block_n", tiles.block_n, n, target), _block_k(spec, tiles.block_k, k)
     code_rows = -(-block_k // (2 * HALF)) * HALF if form.packed else block_k
     number_rows = 2 * code_rows if form.packed else block_k
     block_out, block_sum = (block_k, block_n) if transposes else (block_n, block_k)

@@ -13,9 +13,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.pallas_activations import activate
-from ..tiles.pallas_tiles import LANES, call_params, elementwise_piece, few_registers, in_pieces, split_parts
+from ..tiles.pallas_tiles import (
+    LANES,
+    call_params,
+    elementwise_piece,
+    few_registers,
+    in_pieces,
+    split_parts,
+    whole_or_fit,
+)
 from ..tiles.targets import Target
-from .pallas_products import add_product, fit, scratch, total
+from .pallas_products import add_product, scratch, total
 from .pallas_schedule import Visits, fit_rows
 from .tiles import GroupedMatmulTiles
 
@@ -42,7 +50,10 @@ def rows(
         return jnp.zeros(out.shape, dtype), (None if kept is None else jnp.zeros(kept.shape, dtype))
 
     block_m = fit_rows("block_m", tiles.block_m, tokens, groups, target)
-    block_n, block_k = fit("block_n", tiles.block_n, n, target), fit("block_k", tiles.block_k, k, target)
+    block_n, block_k = (
+        whole_or_fit("block_n", tiles.block_n, n, target),
+        whole_or_fit("block_k", tiles.block_k, k, target),
+    )
     visits = Visits.of(sizes, tokens, block_m, every=False)
 
     def at(b: Any, v: Any, s: Any, group: Any, tile: Any) -> tuple[Any, Any, Any]:

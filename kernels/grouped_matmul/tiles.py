@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..tiles.formats import FORMATS
 from ..tiles.targets import Target
-from ..tiles.tpu_blocks import shrunk_block, vmem_of_kernel
+from ..tiles.tpu_blocks import shrunk_block, vmem_budget
 from .spec import GroupedMatmulSpec
 
 
@@ -171,7 +171,7 @@ def _columns(tiles: GroupedMatmulTiles, target: Target, length: int, products: i
     """Columns of a tile of 16-bit types that sums so many products over that length."""
     wide, step = 2 * tiles.block_n, min(tiles.block_k, length)
     needed = _tpu_bytes(tiles.block_m, wide, step, products, products)
-    return wide if needed <= vmem_of_kernel(target) else tiles.block_n
+    return wide if needed <= vmem_budget(target) else tiles.block_n
 
 
 def _tpu_bytes(m: int, n: int, k: int, lefts: int, rights: int, results: int = 1, sums: int = 1) -> int:
@@ -191,7 +191,7 @@ def fits(spec: GroupedMatmulSpec, target: Target, config: GroupedMatmulConfig, s
         _tpu_bytes(dlhs.block_m, *_shrunk(dlhs, k, n), two, two),
         _tpu_bytes(shrunk_block(drhs.block_m, k), shrunk_block(drhs.block_n, n), drhs.block_k, 1, two, two, two),
     )
-    return max(needed) <= vmem_of_kernel(target)
+    return max(needed) <= vmem_budget(target)
 
 
 def _shrunk(tiles: GroupedMatmulTiles, columns: int, length: int) -> tuple[int, int]:

@@ -21,9 +21,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, contract, fit_block, in_chunks, vmem_budget, write_parts
+from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, contract, fit_block, in_chunks, write_parts
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
+from ..tiles.tpu_blocks import vmem_budget
 from .pallas_tiling import (
     FEATURES_AT_ONCE,
     add_products,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..tiles.targets import MIB, Target
-from ..tiles.tpu_blocks import vmem_of_kernel
+from ..tiles.tpu_blocks import vmem_budget
 from .spec import LinearCrossEntropySpec
 
 
@@ -73,7 +73,7 @@ def fits(
         tpu_bytes(spec, "dhidden", dhidden.block_tokens, dhidden.block_vocab),
         tpu_bytes(spec, "dweight", dweight.block_vocab, dweight.block_tokens),
     )
-    return max(needed) <= vmem_of_kernel(target)
+    return max(needed) <= vmem_budget(target)
 
 
 _T = LinearCrossEntropyTiles
@@ -126,7 +126,7 @@ def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tup
     if kernel == "forward" and spec.dtype != "float32":
         for passes in (4096, 2048, 1024):
             for stays in (1024, 512):
-                if tpu_bytes(spec, kernel, stays, passes) <= vmem_of_kernel(target):
+                if tpu_bytes(spec, kernel, stays, passes) <= vmem_budget(target):
                     return stays, passes
     for stays in _TPU_BLOCKS:
         for passes in _TPU_BLOCKS:

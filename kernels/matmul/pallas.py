@@ -26,10 +26,10 @@ from ..tiles.pallas_tiles import (
     LOW_PRODUCTS,
     call_params,
     contract,
-    fit_block,
     in_chunks,
     in_pieces,
     split_parts,
+    whole_or_fit,
 )
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import MIB, Target
@@ -120,9 +120,9 @@ def _product(
         k = 1
 
     config = of_rows(config, m)
-    block_m = _block("block_m", config.block_m, m, target)
-    block_n = _block("block_n", config.block_n, n, target)
-    block_k = _block("block_k", config.block_k, k, target)
+    block_m = whole_or_fit("block_m", config.block_m, m, target)
+    block_n = whole_or_fit("block_n", config.block_n, n, target)
+    block_k = whole_or_fit("block_k", config.block_k, k, target)
     steps = pl.cdiv(k, block_k)
     whole = (block_m, block_n, block_k) == (m, n, k)
     items = _items(batch, (m * k + k * n + m * n) * 4, target) if whole else 1
@@ -255,8 +255,3 @@ def _product_kernel(
         finish(z, rows, cols, bias_ref, residual_ref, out_ref, preactivation_ref, activation)
 
     pl.when(step == steps - 1)(lambda: in_pieces(out_ref.shape, piece, store))
-
-
-def _block(name: str, block: int, size: int, target: Target) -> int:
-    """The whole of an array's dimension if the block holds it, else blocks of even size."""
-    return size if size <= block else fit_block(name, block, size, target)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..tiles.targets import Target
-from ..tiles.tpu_blocks import BLOCKS, best_tile, deepest_step, is_safe, shrunk_block, vmem_of_kernel
+from ..tiles.tpu_blocks import BLOCKS, best_tile, deepest_step, is_safe, shrunk_block, vmem_budget
 from .spec import MatmulSpec
 
 SKINNY = 64  # products of so few rows are limited by how fast b is read
@@ -152,7 +152,7 @@ def fits(spec: MatmulSpec, target: Target, config: MatmulConfig, sizes: MatmulSi
         blocks = (config.block_m, config.block_n, config.block_k)
         m, n, k = (shrunk_block(block, size) for block, size in zip(blocks, product, strict=True))
         needed = _tpu_bytes_backward(m, n, k) if number else _tpu_bytes(spec, m, n, k, sizes)
-        if needed > vmem_of_kernel(target) or not is_safe(target, m, k, product[2]):
+        if needed > vmem_budget(target) or not is_safe(target, m, k, product[2]):
             return False
     return True
 

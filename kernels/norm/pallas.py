@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, fold, in_chunks, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, fold, in_chunks
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import MIB, Target
+from ..tiles.tpu_blocks import vmem_budget
 from .spec import NormSpec
 from .tiles import NormConfig
 

@@ -12,8 +12,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, pad_to, round_up, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, pad_to, round_up
 from ..tiles.targets import MIB, Target
+from ..tiles.tpu_blocks import vmem_budget
 from .spec import PagedAttentionInputs, PagedAttentionSpec
 from .tiles import PagedAttentionConfig
 

@@ -32,10 +32,10 @@ from ..tiles.pallas_tiles import (
     call_params,
     contract,
     elementwise_piece,
-    fit_block,
     in_chunks,
     in_pieces,
     round_up,
+    whole_or_fit,
     write_parts,
 )
 from ..tiles.reasons import pallas_reasons
@@ -323,7 +323,7 @@ def _blocks(
     """
     (m, n, k), packed = sizes, FORMATS[spec.format].packed and spec.a_format is None
     block_m, block_n = (
-        size if size <= block else fit_block(name, block, size, target)
+        whole_or_fit(name, block, size, target)
         for name, block, size in (("block_m", tiles.block_m, m), ("block_n", tiles.block_n, n))
     )
     block_k = tiles.block_k * (2 if packed else 1)

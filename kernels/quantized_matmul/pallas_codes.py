@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from ..tiles.formats import FORMATS, SMALLEST_SCALE
 from ..tiles.pallas_epilogue import finish
 from ..tiles.pallas_formats import ROWS as ROWS_OF_BYTES
-from ..tiles.pallas_tiles import LANES, call_params, elementwise_piece, fit_block, in_chunks, in_pieces
+from ..tiles.pallas_tiles import LANES, call_params, elementwise_piece, in_chunks, in_pieces, whole_or_fit
 from ..tiles.targets import Target
 from .tiles import QuantizedMatmulTiles
 
@@ -117,9 +117,7 @@ def product_of_codes(
     named = zip(
         ("block_m", "block_n", "block_k"), (tiles.block_m, tiles.block_n, tiles.block_k), (m, n, k), strict=True
     )
-    block_m, block_n, block_k = (
-        size if size <= block else fit_block(name, block, size, target) for name, block, size in named
-    )
+    block_m, block_n, block_k = (whole_or_fit(name, block, size, target) for name, block, size in named)
     steps = pl.cdiv(k, block_k)
     tile = pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j))
     by_column = pl.BlockSpec((None, 1, block_n), lambda b, i, j, s: (b, 0, j))

@@ -17,9 +17,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, in_chunks, pad_to, round_up, vmem_budget
+from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, few_registers, in_chunks, pad_to, round_up
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import MIB, Target
+from ..tiles.tpu_blocks import vmem_budget
 from .spec import RotarySpec
 from .tiles import RotaryConfig
 

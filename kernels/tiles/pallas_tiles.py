@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .targets import MIB, Target
+from .tpu_blocks import even_block, vmem_budget
 
 SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
 LOG2_E = 1.4426950408889634
@@ -54,11 +55,6 @@ def few_registers(target: Target) -> bool:
     return 0 < target.on_chip_bytes <= 16 * MIB
 
 
-def vmem_budget(target: Target) -> int:
-    """The VMEM that a kernel may use: all but what XLA keeps for itself."""
-    return target.on_chip_bytes * 7 // 8
-
-
 def round_up(size: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below size."""
     return -(-size // multiple) * multiple
@@ -72,8 +68,12 @@ def fit_block(name: str, block: int, size: int, target: Target) -> int:
     unit = SUBLANES if target.interpreted else LANES
     if block < 1 or block % unit:
         raise ValueError(f"{name}: got {block}; it must be a positive multiple of {unit}")
-    count = -(-size // block)
-    return round_up(-(-size // count), unit)
+    return even_block(block, size, unit)
+
+
+def whole_or_fit(name: str, block: int, size: int, target: Target) -> int:
+    """The whole of an array's dimension if the block holds it, else blocks of even size."""
+    return size if size <= block else fit_block(name, block, size, target)
 
 
 def stretch_room(other_bytes: int, target: Target) -> int:

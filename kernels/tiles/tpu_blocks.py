@@ -1,4 +1,4 @@
-"""The tile of a product on a TPU: the one that brings the fewest bytes for each multiplication, of those that fit."""
+"""Blocks on a TPU: the memory for them, how an array shrinks one, and the tile of a product that moves the fewest bytes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def deepest_step(target: Target, lengths: Sequence[int]) -> tuple[int, int]:
     return 512, steps.get(0, BLOCKS[0])
 
 
-def vmem_of_kernel(target: Target) -> int:
-    """What XLA leaves to a kernel."""
+def vmem_budget(target: Target) -> int:
+    """The VMEM that a kernel may use: all but what XLA keeps for itself."""
     return target.on_chip_bytes * 7 // 8
 
 
@@ -47,18 +47,21 @@ def best_tile(
         for m in BLOCKS
         for n in BLOCKS
         if (m < 2 * most[0] or m == smallest) and (n < 2 * most[1] or n == smallest)
-        if needed(m, n) <= vmem_of_kernel(target)
+        if needed(m, n) <= vmem_budget(target)
     ]
     _, rows, columns = max(fitting, default=(0.0, smallest, smallest))
     return rows, columns
 
 
+def even_block(block: int, size: int, unit: int = 128) -> int:
+    """The least multiple of the unit with which an array is cut into as few blocks as with `block`."""
+    count = -(-size // block)
+    return -(-size // (count * unit)) * unit
+
+
 def shrunk_block(block: int, size: int) -> int:
     """What a kernel makes of a block: the whole of an array's dimension that it holds, else one of even blocks."""
-    if size <= block:
-        return size
-    count = -(-size // block)
-    return -(-size // (count * 128)) * 128
+    return size if size <= block else even_block(block, size)
 
 
 def is_safe(target: Target, rows: int, step: int, length: int) -> bool:

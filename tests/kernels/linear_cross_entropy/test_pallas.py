@@ -22,8 +22,9 @@ from crosstile.kernels.linear_cross_entropy.tiles import (
     choose_config,
     tpu_bytes,
 )
-from crosstile.kernels.tiles.pallas_tiles import interpreter, vmem_budget
+from crosstile.kernels.tiles.pallas_tiles import interpreter
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, get_target
+from crosstile.kernels.tiles.tpu_blocks import vmem_budget
 
 
 def forward_and_backward(problem: Problem, arrays: dict, config=None) -> dict:

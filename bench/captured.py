@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 from unittest.mock import patch
 
 from crosstile.kernels.tiles.launch import Array, Launch
 from crosstile.kernels.tiles.targets import Target, get_target
+
+from .issue_programs import array_bytes
 
 _OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "num_buffers_warp_spec", "waves_per_eu", "pre_hook"}
 _DEFAULT_STAGES = {"cuda": 3, "rocm": 2}
@@ -131,6 +132,4 @@ def _is_size(value: Any) -> bool:
 
 def memory_bytes(captured: Captured) -> int:
     """Of the arrays, each counted once."""
-    from .gpu import item_bytes
-
-    return sum(prod(array.shape) * item_bytes(array.dtype) for array in captured.arrays.values())
+    return sum(map(array_bytes, captured.arrays.values()))

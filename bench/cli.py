@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from .programs import Job
 
 app = typer.Typer(
     name="crosstile",
@@ -184,21 +187,29 @@ def roofline_command(
     roofline.show(roofline.bounds([TARGETS[name] for name in names]), _console())
 
 
+Ops = Annotated[list[str] | None, typer.Option("--op", help="An op, such as attention; repeat it. All without.")]
+Shapes = Annotated[
+    list[str] | None, typer.Option("--shape", help="A named shape; repeat it. The everyday ones without.")
+]
+Directions = Annotated[list[str] | None, typer.Option("--direction", help="forward, saving or backward; repeat it.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or float32.")]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--config", help="A field of the tiles and its value, such as forward.block_q=512; repeat it."),
+]
+Predictions = Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")]
+
+
 @app.command("cycles")
 def cycles_command(
-    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
+    op: Ops = None,
     target: Annotated[list[str] | None, typer.Option(help="A TPU, such as v5e; repeat it. All without.")] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; repeat it. The everyday ones without.")
-    ] = None,
-    direction: Annotated[list[str] | None, typer.Option(help="forward, saving or backward; repeat it.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    config: Annotated[
-        list[str] | None,
-        typer.Option(help="A field of the tiles and its value, such as forward.block_q=512; repeat it."),
-    ] = None,
+    shape: Shapes = None,
+    direction: Directions = None,
+    dtype: Dtype = "bfloat16",
+    config: Fields = None,
     lines: Annotated[int, typer.Option(min=0, help="Lines of Python to show for each kernel.")] = 12,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    json_file: Predictions = None,
     validate: Annotated[
         Path | None, typer.Option(help="Compare with tokamax's measurements, from a folder of `tokamax_dumps`.")
     ] = None,
@@ -206,16 +217,11 @@ def cycles_command(
     """Predict how many cycles each kernel takes on a TPU, by unit and by line of Python, from its machine code."""
     from . import cycles_report, validation
     from .cores import CORES
-    from .programs import directions, jobs_for
-    from .shapes import get_shape
 
     if validate:
         validation.show(validation.compare(validate), _console())
         return
-    shapes = [get_shape(name) for name in _shape_names(op, shape, False)]
-    ways = _known(direction, "--direction", sorted({way for found in shapes for way in directions(found)}))
-    kinds = _known([dtype], "--dtype", _dtypes())
-    jobs = [job for job in jobs_for(_known(target, "--target", list(CORES)), shapes, kinds) if job.direction in ways]
+    jobs = _jobs(op, _known(target, "--target", list(CORES)), shape, direction, dtype)
     found, good = cycles_report.run(jobs, _tiles(config), lines, _console())
     if json_file:
         cycles_report.write_json(found, json_file)
@@ -225,40 +231,43 @@ def cycles_command(
 
 @app.command("issue")
 def issue_command(
-    op: Annotated[list[str] | None, typer.Option(help="An op, such as attention; repeat it. All without.")] = None,
+    op: Ops = None,
     target: Annotated[list[str] | None, typer.Option(help="A GPU, such as sm_90; repeat it. All without.")] = None,
-    shape: Annotated[
-        list[str] | None, typer.Option(help="A named shape; repeat it. The everyday ones without.")
-    ] = None,
-    direction: Annotated[list[str] | None, typer.Option(help="forward, saving or backward; repeat it.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    config: Annotated[
-        list[str] | None,
-        typer.Option(help="A field of the tiles and its value, such as forward.block_q=64; repeat it."),
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the predictions to this file too.")] = None,
+    shape: Shapes = None,
+    direction: Directions = None,
+    dtype: Dtype = "bfloat16",
+    config: Fields = None,
+    json_file: Predictions = None,
     validate: Annotated[
         Path | None, typer.Option(help="Compare with tokamax's measurements, from a folder of `tokamax_triton`.")
     ] = None,
 ) -> None:
     """Predict how long each kernel takes on a GPU, and what limits it, from its machine code and its control words."""
-    from . import issue_report, issue_validation
+    from . import cycles_report, issue_report, issue_validation
     from .gpus import GPUS
-    from .programs import directions, jobs_for
-    from .shapes import get_shape
 
     if validate:
         issue_validation.show(issue_validation.compare(validate), _console())
         return
+    jobs = _jobs(op, _known(target, "--target", list(GPUS)), shape, direction, dtype)
+    found, good = issue_report.run(jobs, _tiles(config), _console())
+    if json_file:
+        cycles_report.write_json(found, json_file, issue_report.SCHEMA)
+    if not good:
+        raise typer.Exit(FAILED)
+
+
+def _jobs(
+    op: list[str] | None, targets: list[str], shape: list[str] | None, direction: list[str] | None, dtype: str
+) -> list[Job]:
+    """Every direction that was asked for of every shape on every target."""
+    from .programs import directions, jobs_for
+    from .shapes import get_shape
+
     shapes = [get_shape(name) for name in _shape_names(op, shape, False)]
     ways = _known(direction, "--direction", sorted({way for found in shapes for way in directions(found)}))
     kinds = _known([dtype], "--dtype", _dtypes())
-    jobs = [job for job in jobs_for(_known(target, "--target", list(GPUS)), shapes, kinds) if job.direction in ways]
-    found, good = issue_report.run(jobs, _tiles(config), _console())
-    if json_file:
-        issue_report.write_json(found, json_file)
-    if not good:
-        raise typer.Exit(FAILED)
+    return [job for job in jobs_for(targets, shapes, kinds) if job.direction in ways]
 
 
 def _tiles(given: list[str] | None) -> dict[str, int]:

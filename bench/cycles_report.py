@@ -60,16 +60,17 @@ def show(job: Job, predictions: Sequence[Prediction], lines: int, console: Conso
             f"{unknown} values that steer the kernels come from what is not modelled, and were taken for 0",
             highlight=False,
         )
-    console.print(f"predicted: {total:.1f} µs in all{_rate(job, total)}\n", highlight=False)
+    peak = get_target(job.target).bf16_tflops * (1 + CORES[job.target].siblings)
+    console.print(f"predicted: {total:.1f} µs in all{rate(job, total, peak)}\n", highlight=False)
 
 
-def _rate(job: Job, microseconds: float) -> str:
-    """What a forward's own operations come to, without those on padding and masked tiles."""
+def rate(job: Job, microseconds: float, peak: float) -> str:
+    """What a forward's own operations come to, without those on padding and masked tiles; the peak is in TFLOP/s."""
     shape = get_shape(job.shape)
     if job.direction == "backward" or not shape.multiplies:
         return ""
     tflops = shape.flops / microseconds / 1e6
-    share = 100 * tflops / (get_target(job.target).bf16_tflops * (1 + CORES[job.target].siblings))
+    share = 100 * tflops / peak
     return f", {tflops:.0f} TFLOP/s of the shape's own operations, {share:.0f} % of the chip's bfloat16 peak"
 
 
@@ -115,6 +116,6 @@ def _plain(prediction: Prediction) -> dict[str, Any]:
     return {**asdict(prediction), "microseconds": prediction.microseconds, "mxu_share": prediction.mxu_share}
 
 
-def write_json(found: Sequence[Any], path: Path) -> None:
+def write_json(found: Sequence[Any], path: Path, schema: str = SCHEMA) -> None:
     """The predictions as a JSON document."""
-    path.write_text(json.dumps({"schema": SCHEMA, "predicted": list(found)}, indent=1) + "\n")
+    path.write_text(json.dumps({"schema": schema, "predicted": list(found)}, indent=1) + "\n")

@@ -25,6 +25,7 @@ from .captured import Captured, capture, memory_bytes, tiles_in_words
 from .gpus import GPUS
 from .issue import Issue, IssueError, Program, predict_program
 from .issue_programs import predict, program_of
+from .pages import write_between
 from .programs import Direction, Job
 
 OURS = "crosstile"
@@ -265,9 +266,7 @@ def _kernels(found: Sequence[Row]) -> str:
 
 def write_page(found: Sequence[Row], path: Path) -> None:
     """Put the tables between the page's two marks."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before}{BEGIN}\n\n{tables(found)}\n\n{END}{after}")
+    write_between(path, BEGIN, END, tables(found))
 
 
 def main() -> None:

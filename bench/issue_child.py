@@ -13,9 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from crosstile.kernels.tiles.targets import get_target
-
-from .facts import MAX_REGISTERS
+from .facts import KernelFacts, over_budget
 from .issue import Issue
 from .programs import Job
 
@@ -38,15 +36,11 @@ def ask(job: Job, tiles: Mapping[str, int]) -> tuple[float, str]:
 
 
 def refusal_of(issue: Issue, target_name: str) -> str:
-    """Why a kernel with these tiles is over its budget."""
-    target = get_target(target_name)
-    if issue.spills:
-        return f"{issue.program} spills {issue.spills} registers"
-    if issue.shared > target.on_chip_bytes:
-        return f"{issue.program} needs {issue.shared} bytes of shared memory, more than {target.on_chip_bytes}"
-    if issue.registers > MAX_REGISTERS[target.platform]:
-        return f"{issue.program} needs {issue.registers} registers, more than {MAX_REGISTERS[target.platform]}"
-    return ""
+    """Why a kernel with these tiles is over its budget (`facts.over_budget`), "" where it is not."""
+    facts = KernelFacts(
+        issue.program, issue.tiles, 0, {}, "", issue.spills, on_chip_bytes=issue.shared, registers=issue.registers
+    )
+    return "; ".join(f"{issue.program}: {reason}" for reason in over_budget(facts, target_name))
 
 
 def main() -> None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .gpus import GPUS, Gpu
+from .cycles_report import rate
+from .gpus import GPUS
 from .issue import Issue, IssueError
 from .issue_programs import predict
 from .pipes import PIPES
 from .programs import Job, unsupported
-from .shapes import get_shape
 
 SCHEMA = "crosstile.issue/1"
 
@@ -52,7 +50,8 @@ def show(job: Job, issues: Sequence[Issue], console: Console) -> None:
         table.add_row(*cells(issue))
     console.print(table)
     total = sum(issue.microseconds for issue in issues)
-    console.print(f"predicted: {total:.1f} µs in all{_rate(job, gpu, total)}", highlight=False)
+    peak = 2e-3 * gpu.matrix_rate * gpu.processors * gpu.clock
+    console.print(f"predicted: {total:.1f} µs in all{rate(job, total, peak)}", highlight=False)
     for note in dict.fromkeys(note for issue in issues for note in issue.notes):
         console.print(f"[yellow]{escape(note)}[/]", highlight=False)
     console.print()
@@ -73,18 +72,3 @@ def cells(issue: Issue) -> tuple[str, ...]:
         f"{issue.resident.programs} × {issue.resident.warps // issue.resident.programs} ({issue.resident.limit})",
         issue.limit,
     )
-
-
-def _rate(job: Job, gpu: Gpu, microseconds: float) -> str:
-    """What a forward's own operations come to, without those on padding and masked tiles."""
-    shape = get_shape(job.shape)
-    if job.direction == "backward" or not shape.multiplies:
-        return ""
-    tflops = shape.flops / microseconds / 1e6
-    peak = 2e-3 * gpu.matrix_rate * gpu.processors * gpu.clock
-    return f", {tflops:.0f} TFLOP/s of the shape's own operations, {100 * tflops / peak:.0f} % of the bfloat16 peak"
-
-
-def write_json(found: Sequence[Any], path: Path) -> None:
-    """The predictions as a JSON document."""
-    path.write_text(json.dumps({"schema": SCHEMA, "predicted": list(found)}, indent=1) + "\n")

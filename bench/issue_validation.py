@@ -20,14 +20,13 @@ from statistics import median
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from crosstile.kernels.tiles.targets import get_target
 
 from .gpu import gpu_target, read_compiled
 from .gpus import A100_40, GPUS, Gpu
 from .issue import IssueError, Program, predict_program
-from .validation import Pair, agreement
+from .validation import Pair, agreement_rows, show_agreement
 
 DEVICES: dict[str, Gpu] = {"a100": A100_40, "h100": GPUS["sm_90"], "b200": GPUS["sm_100"]}
 _SMALL = {"iota", "broadcast_in_dim", "concatenate", "slice", "scan", "add", "output_operand_alias", "dot_general"}
@@ -149,26 +148,13 @@ def groups(found: Sequence[Measured]) -> Iterator[tuple[str, str, list[Pair]]]:
 
 
 def table_rows(found: Sequence[Measured]) -> list[tuple[str, ...]]:
-    """The cells of the table: chip, calls, count, median and 90th percentile of the error, ratio, rank correlation."""
-    rows: list[tuple[str, ...]] = []
-    for chip, name, pairs in groups(found):
-        if pairs:
-            near = agreement(pairs)
-            errors = f"{100 * near.median:.0f}", f"{100 * near.ninetieth:.0f}"
-            rows.append((chip, name, str(near.count), *errors, f"{near.ratio:.2f}", f"{near.rank:.3f}"))
-    return rows
+    """The cells of the table, as `validation.agreement_rows` has them."""
+    return agreement_rows(groups(found), digits=0)
 
 
 def show(found: Sequence[Measured], console: Console) -> None:
     """The table, how often tiles are ranked right, and every reason why there is no prediction."""
-    table = Table(title="predicted by the issue model, measured by others", box=None, title_justify="left")
-    for heading in ("chip", "calls"):
-        table.add_column(heading)
-    for heading in ("count", "median error %", "90th percentile %", "median predicted/measured", "rank correlation"):
-        table.add_column(heading, justify="right")
-    for row in table_rows(found):
-        table.add_row(*row)
-    console.print(table)
+    show_agreement("predicted by the issue model, measured by others", table_rows(found), console)
     pairs, model, larger = ranking(found)
     console.print(f"of {pairs} pairs of tiles of one call the model ranks {model} right, the larger tile {larger}")
     for reason, count in Counter(item.pair.refused for item in found if item.pair.refused).items():

@@ -32,7 +32,6 @@ DTYPE = "bfloat16"
 CHOSEN = f"{OURS}, tiles as chosen"
 _MODEL = ("bundles", "cores", "cycles", "dma", "machine", "matrix", "scalars", "steering")
 _TOKAMAX = "tokamax"
-_SOURCES = {name: hashlib.sha256(inspect.getsource(call).encode()).hexdigest()[:16] for name, call in peers().items()}
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _searched(contest: Contest, chip: str, contestant: str, seconds: float, toka
         key = (
             f"{json.dumps(asked)} least vmem {_about(contest)} {_packages(python) if python != sys.executable else ''}"
         )
-        kept = Cache(key, _SOURCES[contestant])
+        kept = Cache(key, _source(contestant))
         found = search(trial, grid(contest, contestant), cache=kept)
         if not found[0].refusal:
             walk = ladders(contest, contestant, found[0].tiles)
@@ -192,6 +191,12 @@ def _about(contest: Contest) -> str:
     here = Path(__file__).parent
     digest = hashlib.sha256(b"".join((here / f"{name}.py").read_bytes() for name in _MODEL))
     return f"{get_shape(contest.shape)!r} {digest.hexdigest()[:16]}"
+
+
+@cache
+def _source(peer: str) -> str:
+    """Of the function that makes a peer's call."""
+    return hashlib.sha256(inspect.getsource(peers()[peer]).encode()).hexdigest()[:16]
 
 
 @cache

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .contests import CHIPS, CONTESTS, get_contest
+from .pages import between, write_between
 from .shapes import get_shape
 from .standings import Entry, Standing, standings
 
@@ -113,14 +114,9 @@ def markdown(entries: Sequence[Entry]) -> str:
 
 def write_page(entries: Sequence[Entry], page: Path) -> None:
     """Put the tables into a page, between its two comments. Raises ValueError where it has none."""
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"page: {page} has no place for the tables; it must hold the lines {BEGIN!r} and {END!r}")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n\n{markdown(entries)}\n{END}{after}")
+    write_between(page, BEGIN, END, markdown(entries))
 
 
 def table_of(page: Path) -> str:
     """What stands in a page between the two comments."""
-    return page.read_text().partition(BEGIN)[2].partition(END)[0].strip() + "\n"
+    return between(page, BEGIN, END)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from .steering import steering
-from .tpu import TOPOLOGIES, as_if_on, environment
+from .tpu import as_if_on, environment, one_device
 
 FOLDERS = {"v5e": "tpu_v5_lite", "v5p": "tpu_v5", "v6e": "tpu_v6_lite", "v7x": "tpu7x"}
 OPS = {
@@ -84,7 +84,6 @@ def entries(chip: str, most: int, seconds: float) -> Iterator[tuple[str, str, di
 def compile_entry(op: str, entry: dict[str, Any], chip: str, dump: Path) -> list[tuple[str, dict[int, list[int]]]]:
     """Compile one measured call as tokamax's autotuner did; returns what steers its kernels."""
     import jax
-    from jax.experimental import topologies
     from jax.sharding import SingleDeviceSharding
     from tokamax._src import benchmarking, numerics
     from tokamax._src.autotuning import cache
@@ -99,7 +98,7 @@ def compile_entry(op: str, entry: dict[str, Any], chip: str, dump: Path) -> list
     if chip == "v5e" and '"dot_dimension_numbers":[[[1],[2]]' in entry["arguments"]:
         # Measured with tokamax 0.0.12, whose ragged_dot towards its left side took tile_k and tile_n the other way.
         config = replace(config, tile_k=config.tile_n, tile_n=config.tile_k)
-    device = topologies.get_topology_desc(TOPOLOGIES[chip], platform="tpu").devices[0]
+    device = one_device(chip)
     bound = made.replace(config=config).bind(**arguments)
     function, arrays = benchmarking.standardize_function(bound.op, *bound.args, kwargs=bound.kwargs, seed=None)
     sharding = SingleDeviceSharding(device)

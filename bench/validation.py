@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -117,24 +117,34 @@ def groups(pairs: Sequence[Pair]) -> Iterator[tuple[str, str, list[Pair]]]:
             yield chip, op.removeprefix("pallas_mosaic_tpu_"), [pair for pair in mine if pair.op == op]
 
 
-def show(pairs: Sequence[Pair], console: Console) -> None:
-    """The table, and every call without a prediction."""
-    table = Table(title="predicted by the cycle model, measured by tokamax", box=None, title_justify="left")
+def agreement_rows(groups: Iterable[tuple[str, str, Sequence[Pair]]], digits: int) -> list[tuple[str, ...]]:
+    """The cells of the table: chip, calls, count, median and 90th percentile of the error in percent, ratio, rank
+    correlation; of each group (chip, calls, pairs) with a prediction."""
+    rows: list[tuple[str, ...]] = []
+    for chip, name, pairs in groups:
+        if any(not pair.refused for pair in pairs):
+            found = agreement(pairs)
+            errors = (f"{100 * error:.{digits}f}" for error in (found.median, found.ninetieth))
+            rows.append((chip, name, str(found.count), *errors, f"{found.ratio:.2f}", f"{found.rank:.3f}"))
+    return rows
+
+
+def show_agreement(title: str, rows: Iterable[tuple[str, ...]], console: Console) -> None:
+    """A table of such cells."""
+    table = Table(title=title, box=None, title_justify="left")
     table.add_column("chip")
     table.add_column("calls")
     for heading in ("count", "median error %", "90th percentile %", "median predicted/measured", "rank correlation"):
         table.add_column(heading, justify="right")
-    for chip, name, group in groups(pairs):
-        if any(not pair.refused for pair in group):
-            found = agreement(group)
-            figures = (
-                f"{100 * found.median:.1f}",
-                f"{100 * found.ninetieth:.1f}",
-                f"{found.ratio:.2f}",
-                f"{found.rank:.3f}",
-            )
-            table.add_row(chip, name, str(found.count), *figures)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
+
+
+def show(pairs: Sequence[Pair], console: Console) -> None:
+    """The table, and every call without a prediction."""
+    title = "predicted by the cycle model, measured by tokamax"
+    show_agreement(title, agreement_rows(groups(pairs), digits=1), console)
     refused = Counter((pair.chip, pair.op, pair.refused.splitlines()[0][:120]) for pair in pairs if pair.refused)
     for (chip, op, reason), count in refused.items():
         console.print(f"no prediction for {count} of {chip} {op}: {reason}", highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Blocks on a TPU: the memory for them, how an array shrinks one, and the tile of a product that moves the fewest bytes."""
+"""Blocks on a TPU: the memory for them, how an array shrinks one, and the tile of a product that moves least."""
 
 from __future__ import annotations
 

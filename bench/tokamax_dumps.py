@@ -11,7 +11,6 @@ that are there are not made again.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -20,11 +19,11 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from .steering import steering
+from .tokamax_calls import call_name, measured_call
 from .tpu import as_if_on, environment, one_device
 
 FOLDERS = {"v5e": "tpu_v5_lite", "v5p": "tpu_v5", "v6e": "tpu_v6_lite", "v7x": "tpu7x"}
@@ -68,7 +67,7 @@ def entries(chip: str, most: int, seconds: float) -> Iterator[tuple[str, str, di
         for arguments, configs in json.loads(path.read_text()).items():
             for config, data in configs.items():
                 if data.get("evaluation_times_ms") and data["compile_time_ms"] <= seconds * 1000:
-                    name = hashlib.sha256(f"{op}{arguments}{config}".encode()).hexdigest()[:12]
+                    name = call_name(op, arguments, config)
                     found.append((op, name, {"arguments": arguments, "config": config, "data": data}))
         random.Random(0).shuffle(found)
         by_op.append(found)
@@ -85,22 +84,16 @@ def compile_entry(op: str, entry: dict[str, Any], chip: str, dump: Path) -> list
     """Compile one measured call as tokamax's autotuner did; returns what steers its kernels."""
     import jax
     from jax.sharding import SingleDeviceSharding
-    from tokamax._src import benchmarking, numerics
-    from tokamax._src.autotuning import cache
+    from tokamax._src import numerics
 
-    module, name = OPS[op]
-    made = getattr(import_module(f"tokamax._src.ops.{module}"), name)()
-    made = made.replace(vjp=None, bypass_device_check=True)
-    adapter = cache._get_cache_adapter(made)
-    line = json.dumps({entry["arguments"]: {entry["config"]: entry["data"]}})
-    [(arguments, configs)] = adapter.validate_json(line).items()
-    [config] = configs
-    if chip == "v5e" and '"dot_dimension_numbers":[[[1],[2]]' in entry["arguments"]:
-        # Measured with tokamax 0.0.12, whose ragged_dot towards its left side took tile_k and tile_n the other way.
-        config = replace(config, tile_k=config.tile_n, tile_n=config.tile_k)
+    def as_measured(config: Any) -> Any:
+        if chip == "v5e" and '"dot_dimension_numbers":[[[1],[2]]' in entry["arguments"]:
+            # Measured with tokamax 0.0.12, whose ragged_dot towards its left side took tile_k and tile_n the other way.
+            return replace(config, tile_k=config.tile_n, tile_n=config.tile_k)
+        return config
+
+    function, arrays = measured_call(OPS[op], entry, as_measured)
     device = one_device(chip)
-    bound = made.replace(config=config).bind(**arguments)
-    function, arrays = benchmarking.standardize_function(bound.op, *bound.args, kwargs=bound.kwargs, seed=None)
     sharding = SingleDeviceSharding(device)
     placed = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding) for array in arrays)
     shutil.rmtree(dump, ignore_errors=True)

@@ -11,19 +11,19 @@ This runs in an environment of its own that has tokamax (Python >= 3.12, `pip in
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
+
+from .tokamax_calls import call_name, measured_call
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def entries(chip: str, most: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
             call = []
             for config, data in configs.items():
                 if data.get("evaluation_times_ms"):
-                    name = hashlib.sha256(f"{op}{arguments}{config}".encode()).hexdigest()[:12]
+                    name = call_name(op, arguments, config)
                     call.append((op, name, {"arguments": arguments, "config": config, "data": data}))
             if call:
                 found.append(call)
@@ -95,17 +95,8 @@ def lower_entry(op: str, entry: dict[str, Any], chip: Measured, folder: Path) ->
     from jax._src.interpreters import mlir
     from jax._src.pallas.triton import lowering
     from jax.sharding import AbstractDevice, AbstractMesh
-    from tokamax._src import benchmarking
-    from tokamax._src.autotuning import cache
 
-    module, name = OPS[op]
-    made = getattr(import_module(f"tokamax._src.ops.{module}"), name)().replace(vjp=None)
-    adapter = cache._get_cache_adapter(made)
-    line = json.dumps({entry["arguments"]: {entry["config"]: entry["data"]}})
-    [(arguments, configs)] = adapter.validate_json(line).items()
-    [config] = configs
-    bound = made.replace(config=config, bypass_device_check=True).bind(**arguments)
-    function, arrays = benchmarking.standardize_function(bound.op, *bound.args, kwargs=bound.kwargs, seed=None)
+    function, arrays = measured_call(OPS[op], entry)
     texts: list[str] = []
     launches: list[dict[str, Any]] = []
     lower, call = lowering.lower_jaxpr_to_triton_module, mlir.custom_call

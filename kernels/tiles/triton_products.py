@@ -60,6 +60,20 @@ def store(tile, out, batch, row, col, rows_total, n, end, WIDE: tl.constexpr):
 
 
 @triton.jit
+def masks_of_step(rows, rows_left, cols, cols_left, inner, k, start, EVEN_K: tl.constexpr):
+    """Which elements of a step's two tiles there are: of the left one [BLOCK_M, 1 or BLOCK_K], of the right one."""
+    left_mask = (rows < rows_left)[:, None]
+    right_mask = (cols < cols_left)[None, :]
+    if not EVEN_K:
+        # One comparison a step keeps the loop in one piece, which the compilers pipeline; a peeled tail would be a
+        # second copy of the dot and of its buffers.
+        inner_exists = inner < k - start
+        left_mask = left_mask & inner_exists[None, :]
+        right_mask = right_mask & inner_exists[:, None]
+    return left_mask, right_mask
+
+
+@triton.jit
 def add_product(
     sums, left, right, rows_left, cols_left, k, left_row, left_col, right_row, right_col,
     PRECISION: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -71,14 +85,7 @@ def add_product(
     left_offsets = rows[:, None] * left_row + inner[None, :] * left_col  # [BLOCK_M, BLOCK_K]
     right_offsets = inner[:, None] * right_row + cols[None, :] * right_col  # [BLOCK_K, BLOCK_N]
     for start in range(0, k, BLOCK_K):
-        left_mask = (rows < rows_left)[:, None]
-        right_mask = (cols < cols_left)[None, :]
-        if not EVEN_K:
-            # One comparison a step keeps the loop in one piece, which the compilers pipeline; a peeled tail would be
-            # a second copy of the dot and of its buffers.
-            inner_exists = inner < k - start
-            left_mask = left_mask & inner_exists[None, :]
-            right_mask = right_mask & inner_exists[:, None]
+        left_mask, right_mask = masks_of_step(rows, rows_left, cols, cols_left, inner, k, start, EVEN_K)
         left_tile = tl.load(left + left_offsets, mask=left_mask, other=0.0)
         right_tile = tl.load(right + right_offsets, mask=right_mask, other=0.0)
         sums = tl.dot(left_tile, right_tile, sums, input_precision=PRECISION)
@@ -102,12 +109,7 @@ def two_products(
     first_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     second_sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
-        left_mask = (rows < rows_left)[:, None]
-        right_mask = (cols < cols_left)[None, :]
-        if not EVEN_K:
-            inner_exists = inner < k - start
-            left_mask = left_mask & inner_exists[None, :]
-            right_mask = right_mask & inner_exists[:, None]
+        left_mask, right_mask = masks_of_step(rows, rows_left, cols, cols_left, inner, k, start, EVEN_K)
         left_tile = tl.load(left + left_offsets, mask=left_mask, other=0.0)
         first_tile = tl.load(first + first_offsets, mask=right_mask, other=0.0)
         second_tile = tl.load(second + second_offsets, mask=right_mask, other=0.0)

@@ -111,14 +111,14 @@ def timing(job: Job) -> Callable[[Mapping[str, int]], float]:
 
     shape = get_shape(job.shape)
     arrays = random_arrays(shape, job.dtype, "cuda")
-    leaves = [name for name, (_, kind) in shape.arrays(job.dtype).items() if shape.trains and kind == job.dtype]
+    leaves = shape.leaves(job.dtype)
 
     def evaluate(tiles: Mapping[str, int]) -> float:
         call = partial(_call, shape, implementation="triton", config=changed_tiles(chosen_tiles(job), tiles))
         try:
             if job.direction == "saving":
-                return _time(lambda: _differentiable(call, arrays, leaves)).median
-            return _time(_direction(call, arrays, leaves, job.direction)).median
+                return _time(lambda: lambda: _differentiable(call, arrays, leaves)).median
+            return _time(partial(_direction, call, arrays, leaves, job.direction)).median
         except Exception as refusal:  # whatever a compiler or a launch raises says that these tiles are none
             torch.cuda.synchronize()
             raise RefusedError(f"{type(refusal).__name__}: {str(refusal).splitlines()[0][:200]}") from refusal
@@ -142,7 +142,7 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
     import torch
 
     arrays = random_arrays(shape, dtype, device)
-    leaves = [name for name, (_, kind) in shape.arrays(dtype).items() if shape.trains and kind == dtype]
+    leaves = shape.leaves(dtype)
     ours, again = (_results(shape, arrays, leaves, "triton") for _ in range(2))
     theirs = _results(shape, arrays, leaves, "library")
     wide = {name: array.float() if str(array.dtype) == f"torch.{dtype}" else array for name, array in arrays.items()}
@@ -157,10 +157,10 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
         row.repeats = all(torch.equal(ours[i], again[i]) for i in which)
         row.flops = shape.flops * (1.0 if direction == "forward" else 2.5 if shape.op == "attention" else 2.0)
         ours_again = partial(_call, shape, implementation="triton")
-        row.ours = _time(_direction(ours_again, arrays, leaves, direction))
+        row.ours = _time(partial(_direction, ours_again, arrays, leaves, direction))
         for name, peer in _peers(shape).items():
             try:
-                row.peers[name] = _time(_direction(peer, arrays, leaves, direction))
+                row.peers[name] = _time(partial(_direction, peer, arrays, leaves, direction))
             except RuntimeError:  # a backend that does not take the shape
                 continue
         yield row
@@ -174,6 +174,10 @@ def random_arrays(shape: Shape, dtype: str, device: str) -> dict[str, Any]:
     torch.manual_seed(0)
 
     def make(name: str, size: tuple[int, ...], kind: str) -> Any:
+        array = drawn(name, shape.stored(name, size), kind)
+        return array.swapaxes(-1, -2) if name in shape.turned else array
+
+    def drawn(name: str, size: tuple[int, ...], kind: str) -> Any:
         if name in held:
             return torch.as_tensor(held[name].copy()).to(getattr(torch, kind)).to(device)
         if kind in ("int8", "uint8"):
@@ -266,17 +270,19 @@ def _errors(array: Any, exact: Any) -> tuple[float, float]:
     return (difference.max() / largest).item(), (difference.square().mean() / square).sqrt().item()
 
 
-def _time(function: Callable[[], Any]) -> Timing:
+def _time(prepare: Callable[[], Callable[[], Any]]) -> Timing:
+    """The time of what `prepare` makes, on the stream that it made it on: a backward runs on that of its forward."""
     import torch
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        function = prepare()
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for _ in range(_CALLS):
             function()
     graph.replay()

@@ -34,6 +34,11 @@ class CrossEntropyShape(Shape):
         """Multiplications and additions of the logits."""
         return 2.0 * self.tokens * self.features * self.vocab
 
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """Of both terms of the loss."""
+        return ("lse", "target_logit")
+
     def arrays(self, dtype: str) -> dict[str, tuple[Size, str]]:
         """Size and dtype of every array of the call."""
         return {

@@ -95,6 +95,17 @@ class GroupedShape(Shape):
             return 0.01 * self.k**-0.5
         return self.k**-0.5 if name in ("rhs", "w_gate", "w_up") else 1.0
 
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Codes have k innermost in memory, as `quantize` keeps them where it can."""
+        if self.format is None:
+            return ()
+        return ("rhs",) if self.activation is None else ("w_gate", "w_up")
+
+    def leaves(self, dtype: str) -> list[str]:
+        """Scales have no gradient, whatever their dtype."""
+        return [name for name in super().leaves(dtype) if "scales" not in name]
+
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name."""
         if self.format is not None:
@@ -109,11 +120,8 @@ class GroupedShape(Shape):
         from crosstile.quantization import Quantized
 
         found = dict(arrays)
-        for name in ("rhs",) if self.activation is None else ("w_gate", "w_up"):
+        for name in self.turned:
             values, scales, zeros = found[name], found.pop(f"{name}_scales"), found.pop(f"{name}_zeros", None)
-            if isinstance(values, np.ndarray):  # k innermost in memory, as `quantize` keeps it where it can
-                groups, rows, columns = values.shape
-                values = values.reshape(groups, columns, rows).swapaxes(1, 2)
             found[name] = Quantized(values, scales, zeros, self.format or "", self.k, self.group_size, None, "bfloat16")
         return found
 

@@ -52,6 +52,11 @@ class NormShape(Shape):
         beside |= {"residual": rows} if self.residual else {}
         return {name: (size, dtype) for name, size in {"x": rows, "weight": columns, **beside}.items()}
 
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """Of both results, where there are two."""
+        return ("y", "summed") if self.residual else ()
+
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name."""
         return {**arrays, **({} if self.bias else {"zero_centered": self.zero_centered})}

@@ -76,12 +76,14 @@ def pack(jobs: Iterable[Job], folder: Path) -> Iterator[Job]:
 
 
 class Packed:
-    """Launches the programs of a folder, as `crosstile.torch.launching` wants it."""
+    """Launches the programs of a folder on the current device, as `crosstile.torch.launching` wants it."""
 
     def __init__(self, folder: Path, target: Target) -> None:
         self._folder, self._target = folder, target
         self._driver = ctypes.CDLL("libcuda.so.1")
         self._loaded: dict[str, tuple[Any, Program]] = {}
+        self._context = ctypes.c_void_p()
+        self._check(self._driver.cuCtxGetCurrent(ctypes.byref(self._context)))
 
     def __call__(self, launch: Launch, tensors: list[Any]) -> None:
         """Launch on torch's current stream; tensors in the order of the launch's inputs and outputs."""
@@ -89,6 +91,7 @@ class Packed:
 
         from crosstile.torch import describe
 
+        self._check(self._driver.cuCtxSetCurrent(self._context))  # autograd's thread may have none
         names = (*launch.inputs, *launch.outputs)
         arrays = {name: describe(tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
         specialised = specialise(launch, arrays, self._target)

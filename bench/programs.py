@@ -93,8 +93,11 @@ def gpu_plan(job: Job, config: Any = None) -> Plan:
     if job.direction != "backward":
         return forward
     outputs = tuple(forward.outputs.get(name) for name in OPS[job.op].outputs)
-    out = next(iter(forward.outputs.values()))
-    gradients = (contiguous(out.shape, out.dtype), *(None for _ in outputs[1:]))
+    given = get_shape(job.shape).gradients or OPS[job.op].outputs[:1]
+    gradients = tuple(
+        contiguous(output.shape, output.dtype) if name in given and output else None
+        for name, output in zip(OPS[job.op].outputs, outputs, strict=True)
+    )
     backward: Plan = kernel.backward(spec, config, inputs, outputs, gradients)
     return backward
 

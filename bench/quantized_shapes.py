@@ -80,14 +80,21 @@ class QuantizedShape(Shape):
         """Scales are small."""
         return 0.01 if name == "scales" else 1.0
 
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Codes have k innermost in memory, as `quantize` keeps them where it can."""
+        return () if self.activations else ("values",)
+
+    def leaves(self, dtype: str) -> list[str]:
+        """Scales have no gradient, whatever their dtype."""
+        return [name for name in super().leaves(dtype) if "scales" not in name]
+
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name."""
         from crosstile.quantization import Quantized
 
         rest = dict(arrays)
         values, scales, zeros = rest.pop("values"), rest.pop("scales"), rest.pop("zeros", None)
-        if isinstance(values, np.ndarray) and self.activations is None:
-            values = np.asfortranarray(values)  # k innermost in memory, as `quantize` keeps it where it can
         b = Quantized(values, scales, zeros, self.format, self.k, self.group_size, self.activations, "bfloat16")
         return {**rest, "b": b, "activation": self.activation}
 

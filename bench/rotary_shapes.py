@@ -42,6 +42,11 @@ class RotaryShape(Shape):
         """A rotation has no products of matrices."""
         return 0.0
 
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """Of the queries and of the keys."""
+        return ("rotated_q", "rotated_k")
+
     def arrays(self, dtype: str) -> dict[str, tuple[Size, str]]:
         """Size and dtype of every array of the call."""
         q, k = ((1, self.length, heads, self.head_dim) for heads in (self.q_heads, self.kv_heads))

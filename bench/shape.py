@@ -55,6 +55,15 @@ class Shape(ABC):
     def arrays(self, dtype: str) -> dict[str, tuple[Size, str]]:
         """Size and dtype of every array of the call, by a name; those of a float dtype are differentiated."""
 
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """The op's outputs whose gradients its backward is given, where they are more than the first."""
+        return ()
+
+    def leaves(self, dtype: str) -> list[str]:
+        """The arrays that have a gradient."""
+        return [name for name, (_, kind) in self.arrays(dtype).items() if self.trains and kind == dtype]
+
     def integers(self) -> dict[str, np.ndarray]:
         """What the arrays of integers hold where the call is run and not only compiled."""
         return {}
@@ -62,6 +71,15 @@ class Shape(ABC):
     def deviation(self, name: str) -> float:
         """Of the normal numbers that the array of that name holds there."""
         return 1.0
+
+    @property
+    def turned(self) -> tuple[str, ...]:
+        """Arrays whose last two axes have changed places in memory."""
+        return ()
+
+    def stored(self, name: str, size: Size) -> Size:
+        """The size in which the array of that name and size lies in memory."""
+        return (*size[:-2], size[-1], size[-2]) if name in self.turned else size
 
     def call(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
         """The public function's arguments by name, made of those arrays in any framework."""
@@ -71,7 +89,11 @@ class Shape(ABC):
         """The spec and the kernels' inputs as the public function makes them, of NumPy arrays of zeros."""
         from crosstile import calls
 
-        arrays = {name: np.zeros(size, numpy_dtype(kind)) for name, (size, kind) in self.arrays(dtype).items()}
+        arrays = {
+            name: np.zeros(self.stored(name, size), numpy_dtype(kind))
+            for name, (size, kind) in self.arrays(dtype).items()
+        }
+        arrays |= {name: arrays[name].swapaxes(-1, -2) for name in self.turned}
         spec, inputs = calls.PREPARE[self.function](**self.call(arrays))
         spec, inputs, _ = calls.CANONICAL[self.op](np, spec, inputs)
         return spec, inputs

@@ -8,7 +8,6 @@ torch op's results cannot be optional.
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -105,7 +104,8 @@ def largest(array: Tensor) -> Tensor:
 
 def words(seed: Any, like: Tensor) -> Tensor:
     """Two int32 words, the low one first, of themselves or of one integer."""
-    seed = torch.as_tensor(seed, device=like.device)
+    if isinstance(seed, list):  # filled in, not copied from the host: a CUDA graph can record it
+        return torch.stack([torch.full((), word, dtype=torch.int32, device=like.device) for word in seed])
     if not seed.dim():
         seed = seed.to(torch.int64)
         seed = torch.stack([seed, seed >> 32])
@@ -447,8 +447,8 @@ def _launch_by_triton(launch: Launch, tensors: list[Tensor | None]) -> None:
     )
 
 
-class _Launcher(threading.local):
-    """How this thread launches a kernel."""
+class _Launcher:
+    """How a kernel is launched, on every thread: autograd runs a backward on one of its own."""
 
     run: Callable[[Launch, list[Tensor | None]], None] = staticmethod(_compile_and_launch)
 

@@ -332,6 +332,8 @@ ATTENTION_TRITON = Suite(
             BACKWARD,
             ("whole",),
         ),
+        Mutation("the copy engine loads row 0", H, "load([head, first_row, 0])", "load([head, 0, 0])", BACKWARD),
+        Mutation("the copy engine loads head 0", H, "load([head, first_row, 0])", "load([0, first_row, 0])", BACKWARD),
         Mutation("the sum is not rescaled", H, "total * rescale + tl.sum", "total + tl.sum"),
         Mutation("the accumulator is not rescaled", T, "acc * rescale[:, None]", "acc"),
         Mutation("lse in base 2", T, "(peak + tl.log2(total)) * LN_2", "(peak + tl.log2(total))"),

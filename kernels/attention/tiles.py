@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..tiles.targets import MIB, Target
@@ -13,13 +13,17 @@ from .spec import AttentionSpec
 class AttentionTiles:
     """Tiles of one kernel: block_q queries against block_kv keys at a time.
 
-    num_warps and num_stages are for GPUs; TPU kernels do not read them.
+    num_warps, num_stages and descriptors are for GPUs; TPU kernels do not read them.
+
+    Attributes:
+        descriptors: 1: the chip's copy engine (TMA) loads the tiles of the sequence walked, where strides allow it.
     """
 
     block_q: int
     block_kv: int
     num_warps: int = 4
     num_stages: int = 2
+    descriptors: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,11 +76,12 @@ def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | N
     if target.is_gpu:
         return _for_gpu(spec, target)
     small = AttentionTiles(32, 32)  # interpreted: several tiles even in a short test
-    return AttentionConfig(small, small, small)
+    return AttentionConfig(small, replace(small, descriptors=1), small)
 
 
-# By the width of a head on chip: (block_q, block_kv, num_warps, num_stages) of the forward, dk/dv and dq kernels. Large
-# tiles, as long as the compiler spills no register, in both 16-bit types, causal or not.
+# By the width of a head on chip: (block_q, block_kv, num_warps, num_stages[, descriptors]) of the forward, dk/dv and dq
+# kernels. Large tiles, as long as the compiler spills no register, in both 16-bit types, causal or not; on sm_90 those
+# that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor.
 _GPU_TILES = {
     "sm_80": {
         64: ((128, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
@@ -86,9 +91,10 @@ _GPU_TILES = {
         576: ((32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
     },
     "sm_90": {
-        64: ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
-        128: ((128, 128, 8, 2), (32, 128, 8, 2), (128, 64, 8, 3)),
-        256: ((128, 32, 8, 2), (16, 64, 8, 2), (64, 32, 8, 2)),
+        64: ((64, 64, 4, 3), (64, 64, 4, 3, 1), (64, 64, 4, 3, 1)),
+        128: ((64, 64, 4, 3), (64, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
+        192: ((64, 64, 4, 2), (64, 64, 8, 1), (64, 32, 4, 3)),
+        256: ((128, 64, 8, 2, 1), (64, 32, 8, 2), (64, 32, 4, 3, 1)),
         512: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
         576: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     },
@@ -135,8 +141,9 @@ _GPU_TILES_OF_SCORES = {
         128: ((128, 32, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
     },
     "sm_90": {
-        64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
+        64: ((64, 64, 4, 3), (64, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
+        128: ((64, 64, 4, 3), (64, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
+        256: ((128, 64, 8, 2, 1), (64, 32, 8, 2), (128, 32, 8, 3, 1)),
     },
     "sm_100": {
         64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
@@ -157,8 +164,12 @@ _GPU_TILES_OF_SCORES = {
 
 # And where a mask of expressions, or dropout, needs still more.
 _GPU_TILES_OF_MASKS = {
-    "sm_90": {128: ((128, 64, 8, 3), (32, 64, 8, 2), (128, 64, 8, 2))},
+    "sm_90": {128: ((64, 64, 4, 3), (32, 64, 4, 3, 1), (64, 64, 4, 2, 1))},
     "gfx950": {128: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 8, 1))},
+}
+# And where a plane has a gradient.
+_GPU_TILES_OF_PLANES = {
+    "sm_90": dict.fromkeys((64, 128), ((64, 64, 4, 3), (32, 128, 8, 2), (128, 64, 8, 2))),
 }
 
 
@@ -166,7 +177,6 @@ def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     name = f"{target.platform} float32" if spec.dtype == "float32" else target.name
     table = _GPU_TILES[name]
     width = max(spec.head_dim, spec.v_dim)
-    bucket = min(size for size in table if width <= size)
     if (
         spec.dropout
         or spec.has_lengths
@@ -175,6 +185,9 @@ def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
         table = {**table, **_GPU_TILES_OF_SCORES.get(name, {})}
     if spec.dropout or spec.mask is not None:
         table = {**table, **_GPU_TILES_OF_MASKS.get(name, {})}
+    if spec.plane_gradients:
+        table = {**table, **_GPU_TILES_OF_PLANES.get(name, {})}
+    bucket = min(size for size in table if width <= size)
     return AttentionConfig(*(AttentionTiles(*tiles) for tiles in table[bucket]))
 
 

@@ -27,8 +27,10 @@ from ..tiles.triton_tiles import (
     LN_2,
     LOG2_E,
     advance,
+    described,
     head_columns,
     kv_ranges,
+    load_head_tile,
     load_tile,
     online_softmax,
     padded,
@@ -46,6 +48,8 @@ from .tiles import AttentionConfig
 from .triton_backward import backward
 from .triton_common import (
     arrays_of,
+    by_addresses,
+    by_descriptors,
     checked,
     names_of,
     programs,
@@ -98,6 +102,7 @@ def _attend(
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHT: tl.constexpr, EXPONENT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Let a tile of queries attend to the keys in [start, end). `place` is (sequence, head, first row)."""
     FIRST: tl.constexpr = head_columns(HEAD_DIM)
@@ -109,7 +114,7 @@ def _attend(
     score_scale, log2_scale = scales
     if start < end:
         for first in tl.range(start, end, BLOCK_KV, num_stages=1 if MASKED and LEAN else None, disable_licm=LEAN):
-            k_tile = load_tile(k, first, kv_len, k_row, k_column, BLOCK_KV, FIRST, MASKED, WIDE)
+            k_tile = load_head_tile(k, 0, first, kv_len, 0, k_row, k_column, BLOCK_KV, FIRST, MASKED, WIDE, DESCRIPTORS)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # [BLOCK_Q, BLOCK_KV]
             if FIRST < HEAD_DIM:
                 k_rest = load_tile(
@@ -134,7 +139,7 @@ def _attend(
                 weights = weights * evaluate(WEIGHT, raw, at, tiles)
             if DROPOUT is not None:
                 weights = tl.where(kept(seed, here, DROPOUT, BLOCK_Q, BLOCK_KV, False), weights, 0.0)
-            v_tile = load_tile(v, first, kv_len, v_row, v_column, BLOCK_KV, V_DIM, MASKED, WIDE)
+            v_tile = load_head_tile(v, 0, first, kv_len, 0, v_row, v_column, BLOCK_KV, V_DIM, MASKED, WIDE, DESCRIPTORS)
             acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * rescale[:, None], input_precision="ieee")
     return acc, total, peak
 
@@ -146,6 +151,7 @@ def _walk(
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
     WEIGHT: tl.constexpr, EXPONENT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Attend to the keys of all ranges: (start, full_start, full_end, end), as `kv_ranges` gives them."""
     start, full_start, full_end, end = ranges
@@ -154,17 +160,17 @@ def _walk(
         acc, total, peak = _attend(
             acc, total, peak, given, planes, plane_strides, place, scales, start, full_start, q_len, kv_len,
             HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
-            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, given, planes, plane_strides, place, scales, full_start, full_end, q_len, kv_len,
         HEAD_DIM, V_DIM, LEFT, RIGHT, False, SCORE, FULL_MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
-        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
     acc, total, peak = _attend(
         acc, total, peak, given, planes, plane_strides, place, scales, full_end, end, q_len, kv_len,
         HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
-        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
     return acc, total, peak
 
@@ -184,6 +190,7 @@ def _forward_kernel(
     VALUE_SCALES: tl.constexpr, RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr, WEIGHT: tl.constexpr, EXPONENT: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_Q queries of one head."""
     planes = (plane0, plane1, plane2, plane3, plane4, plane5)
@@ -230,6 +237,9 @@ def _forward_kernel(
     total = tl.full([BLOCK_Q], first_total, tl.float32)
     peak = tl.full([BLOCK_Q], first_peak, tl.float32)
 
+    if DESCRIPTORS:
+        k = described(k, 1, kv_len, k_row, k_row, BLOCK_KV, HEAD_DIM)
+        v = described(v, 1, kv_len, v_row, v_row, BLOCK_KV, V_DIM)
     given = (q_tile, q_rest, (k, k_row, k_column), (v, v_row, v_column), seed)
     place = (item, head, first_row)
     scales = (score_scale, log2_scale)
@@ -241,13 +251,13 @@ def _forward_kernel(
                 acc, total, peak, given, planes, plane_strides, place, scales,
                 within_run(runs, run, ranges[0], ranges[1], ranges[2], ranges[3], BLOCK_KV), q_len, kv_len,
                 HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
-                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
             )  # fmt: skip
     else:
         acc, total, peak = _walk(
             acc, total, peak, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
             HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOTS, DROPOUT, WEIGHT, EXPONENT,
-            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
 
     if Q_LENGTHS:  # a query past the length sees no key
@@ -319,9 +329,12 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         "WEIGHT": constant(spec.weight),
         "EXPONENT": spec.weight_exponent,
         "NEGATE": spec.score is None and spec.softmax_scale < 0,
+        "DESCRIPTORS": by_descriptors(tiles, given.planes, given.k, given.v),
     }
     grid = programs(q_len, tiles.block_q, q_heads, given)
     how = tiles.num_warps, tiles.num_stages, spec.dtype
     reads = names_of(arrays, *(name for name in INPUTS if name not in ("dkv_runs", "dq_runs")))
-    launch = Launch(_forward_kernel, grid, reads, ("out", "lse"), numbers, constants, *how)
+    launch = Launch(
+        _forward_kernel, grid, reads, ("out", "lse"), numbers, constants, *how, without_memory=by_addresses(constants)
+    )
     return Plan((launch,), arrays, outputs)

@@ -12,6 +12,8 @@ from .spec import INPUTS, AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 from .triton_common import (
     arrays_of,
+    by_addresses,
+    by_descriptors,
     checked,
     names_of,
     programs,
@@ -65,16 +67,36 @@ def backward(
     tiles = checked(config.dkv, "dkv")
     grid = programs(kv_size, tiles.block_kv, kv_heads, given)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dk"], results["dv"])}
-    constants["RUNS"] = given.dkv_runs is not None
-    how = tiles.num_warps, tiles.num_stages, spec.dtype
-    dkv = Launch(dkv_kernel, grid, reads("dkv_runs"), ("dk", "dv"), {**numbers, "kv_heads": kv_heads}, constants, *how)
+    constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, given.planes, q, k, v, dout)}
+    dkv = Launch(
+        dkv_kernel,
+        grid,
+        reads("dkv_runs"),
+        ("dk", "dv"),
+        {**numbers, "kv_heads": kv_heads},
+        constants,
+        tiles.num_warps,
+        tiles.num_stages,
+        spec.dtype,
+        by_addresses(constants),
+    )
 
     tiles = checked(config.dq, "dq")
     grid = programs(q_size, tiles.block_q, q_heads, given)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dq"])}
-    constants["RUNS"] = given.dq_runs is not None
-    how = tiles.num_warps, tiles.num_stages, spec.dtype
-    dq = Launch(dq_kernel, grid, reads("dq_runs"), ("dq",), {**numbers, "q_heads": q_heads}, constants, *how)
+    constants |= {"RUNS": given.dq_runs is not None, "DESCRIPTORS": by_descriptors(tiles, given.planes, k, v)}
+    dq = Launch(
+        dq_kernel,
+        grid,
+        reads("dq_runs"),
+        ("dq",),
+        {**numbers, "q_heads": q_heads},
+        constants,
+        tiles.num_warps,
+        tiles.num_stages,
+        spec.dtype,
+        by_addresses(constants),
+    )
     launches = [prepare, dkv, dq]
     if given.sinks is not None:
         launches.append(dsinks_launch(given))

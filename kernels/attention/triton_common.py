@@ -11,10 +11,11 @@ from ..tiles.expressions import SCORE, const, derivative
 from ..tiles.launch import Array
 from ..tiles.philox import threshold
 from ..tiles.triton_expressions import constant, score_constant, slots
-from ..tiles.triton_tiles import needs_wide_offsets, padded
+from ..tiles.triton_tiles import head_columns, needs_wide_offsets, padded
 from .spec import INPUTS, AttentionInputs, AttentionSpec
 from .tiles import AttentionTiles
 
+ITEM_BYTES = {"float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 PLANE_AXES = ("batch", "head", "row", "column")
 
 
@@ -98,6 +99,29 @@ def size_constants(
             (tiles.block_q, tiles.block_kv, plane.strides[2], plane.strides[3]) for plane in planes
         ),
     }
+
+
+def by_descriptors(tiles: AttentionTiles, planes: tuple[Array | None, ...], *walked: Array) -> bool:
+    """Whether the copy engine loads tiles of these arrays: each head one tile wide, its rows runs at 16 bytes.
+
+    Not beside a plane of both queries and keys, such as a bias: there an H100's gradients were wrong, where those of
+    the same kernel without descriptors, or interpreted, are right.
+    """
+    if any(plane is not None and plane.shape[2] != 1 and plane.shape[3] != 1 for plane in planes):
+        return False
+
+    def allows(array: Array) -> bool:
+        batch, *between, column = (stride * ITEM_BYTES[array.dtype] for stride in array.strides)
+        apart = all(stride % 16 == 0 and 0 < stride < 2**40 for stride in between)
+        whole = head_columns(array.shape[3]) == array.shape[3]
+        return array.aligned and whole and column == ITEM_BYTES[array.dtype] and apart and batch % 16 == 0
+
+    return bool(tiles.descriptors) and all(map(allows, walked))
+
+
+def by_addresses(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a kernel's constants changes where nobody gives it memory for descriptors: see `Launch`."""
+    return {"DESCRIPTORS": False} if constants["DESCRIPTORS"] else {}
 
 
 def wide(rows: int, *arrays: Array) -> bool:

@@ -9,7 +9,9 @@ from ..tiles.triton_expressions import evaluate, indices, load_planes
 from ..tiles.triton_philox import kept
 from ..tiles.triton_tiles import (
     advance,
+    described,
     head_columns,
+    load_head_tile,
     load_rows,
     load_tile,
     padded,
@@ -32,6 +34,7 @@ def _gather_dkv(
     MASKED: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add what the queries in [start, end) of each head of the group send back to a tile of keys.
 
@@ -52,16 +55,20 @@ def _gather_dkv(
         for step in tl.range(0, GROUP * tiles, num_stages=1 if MASKED else None, disable_licm=True):
             member = step // tiles if GROUP > 1 else 0
             first = start + (step - member * tiles) * BLOCK_Q
-            q_of_head = advance(q, member, q_head)
-            dout_of_head = advance(dout, member, dout_head)
-            q_tile = load_tile(q_of_head, first, q_len, q_row, q_column, BLOCK_Q, FIRST, MASKED, WIDE)
-            dout_tile = load_tile(dout_of_head, first, q_len, dout_row, dout_column, BLOCK_Q, V_DIM, MASKED, WIDE)
+            q_tile = load_head_tile(
+                q, member, first, q_len, q_head, q_row, q_column, BLOCK_Q, FIRST, MASKED, WIDE, DESCRIPTORS
+            )
+            dout_tile = load_head_tile(
+                dout, member, first, q_len, dout_head, dout_row, dout_column, BLOCK_Q, V_DIM, MASKED, WIDE, DESCRIPTORS
+            )
             lse_tile = load_rows(advance(log2_lse, member, q_size), first, q_len, 1, float("inf"), BLOCK_Q, MASKED)
             delta_tile = load_rows(advance(delta, member, q_size), first, q_len, 1, 0.0, BLOCK_Q, MASKED)
             scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             if FIRST < HEAD_DIM:
-                q_of_head += FIRST * q_column
-                q_rest = load_tile(q_of_head, first, q_len, q_row, q_column, BLOCK_Q, HEAD_DIM - FIRST, MASKED, WIDE)
+                q_rest = load_head_tile(
+                    q + FIRST * q_column, member, first, q_len, q_head, q_row, q_column,
+                    BLOCK_Q, HEAD_DIM - FIRST, MASKED, WIDE, False,
+                )  # fmt: skip
                 scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee")
             dweights = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             here = (place[0], place[1] + member, first, place[2])
@@ -95,6 +102,7 @@ def _walk_dkv(
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Gather from the queries of all ranges: (start, full_start, full_end, end), as `q_ranges` gives them."""
     start, full_start, full_end, end = ranges
@@ -102,18 +110,18 @@ def _walk_dkv(
     dk, dk_rest, dv = _gather_dkv(
         dk, dk_rest, dv, given, planes, plane_strides, place, scales, start, full_start, q_size, q_len, kv_len,
         GROUP, HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
     dk, dk_rest, dv = _gather_dkv(
         dk, dk_rest, dv, given, planes, plane_strides, place, scales, full_start, full_end, q_size, q_len, kv_len,
         GROUP, HEAD_DIM, V_DIM, LEFT, RIGHT, False, SCORE, FULL_MASK, SLOPE, SLOTS, DROPOUT,
-        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
     if LEFT is not None or RUNS:
         dk, dk_rest, dv = _gather_dkv(
             dk, dk_rest, dv, given, planes, plane_strides, place, scales, full_end, end, q_size, q_len, kv_len,
             GROUP, HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
     return dk, dk_rest, dv
 
@@ -133,6 +141,7 @@ def dkv_kernel(
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_KV keys of one key head, summed over the GROUP query heads that share it."""
     planes = (plane0, plane1, plane2, plane3, plane4, plane5)
@@ -163,8 +172,13 @@ def dkv_kernel(
         delta = delta + q_first
 
     FIRST: tl.constexpr = head_columns(HEAD_DIM)
-    k_tile = load_tile(k, first_column, kv_len, k_row, k_column, BLOCK_KV, FIRST, True, WIDE)
-    v_tile = load_tile(v, first_column, kv_len, v_row, v_column, BLOCK_KV, V_DIM, True, WIDE)
+    if DESCRIPTORS:
+        q = described(q, GROUP, q_len, q_head, q_row, BLOCK_Q, HEAD_DIM)
+        k = described(k, 1, kv_len, k_row, k_row, BLOCK_KV, HEAD_DIM)
+        v = described(v, 1, kv_len, v_row, v_row, BLOCK_KV, V_DIM)
+        dout = described(dout, GROUP, q_len, dout_head, dout_row, BLOCK_Q, V_DIM)
+    k_tile = load_head_tile(k, 0, first_column, kv_len, 0, k_row, k_column, BLOCK_KV, FIRST, True, WIDE, DESCRIPTORS)
+    v_tile = load_head_tile(v, 0, first_column, kv_len, 0, v_row, v_column, BLOCK_KV, V_DIM, True, WIDE, DESCRIPTORS)
     dk_tile = tl.zeros([BLOCK_KV, padded(FIRST)], tl.float32)
     k_rest = k_tile
     dk_rest = tl.full((), 0.0, tl.float32)
@@ -187,14 +201,14 @@ def dkv_kernel(
                 dk_tile, dk_rest, dv_tile, given, planes, plane_strides, place, scales,
                 within_run(runs, run, ranges[0], ranges[1], ranges[2], ranges[3], BLOCK_Q), q_size, q_len, kv_len,
                 GROUP, HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
             )  # fmt: skip
     else:
         ranges = q_ranges(first_column, q_len, kv_len, LEFT, RIGHT, KV_LENGTHS or PACKED, BLOCK_Q, BLOCK_KV)
         dk_tile, dk_rest, dv_tile = _walk_dkv(
             dk_tile, dk_rest, dv_tile, given, planes, plane_strides, place, scales, ranges, q_size, q_len, kv_len,
             GROUP, HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
 
     if DROPOUT is not None:

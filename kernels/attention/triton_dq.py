@@ -9,8 +9,10 @@ from ..tiles.triton_expressions import evaluate, indices, load_planes
 from ..tiles.triton_philox import kept
 from ..tiles.triton_tiles import (
     advance,
+    described,
     head_columns,
     kv_ranges,
+    load_head_tile,
     load_rows,
     load_tile,
     padded,
@@ -29,6 +31,7 @@ def _gather_dq(
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys in [start, end) send back to a tile of queries. Tiles are [BLOCK_Q, BLOCK_KV].
 
@@ -42,8 +45,8 @@ def _gather_dq(
     score_scale, log2_scale = scales
     if start < end:
         for first in tl.range(start, end, BLOCK_KV, num_stages=1 if MASKED and LEAN else None, disable_licm=LEAN):
-            k_tile = load_tile(k, first, kv_len, k_row, k_column, BLOCK_KV, FIRST, MASKED, WIDE)
-            v_tile = load_tile(v, first, kv_len, v_row, v_column, BLOCK_KV, V_DIM, MASKED, WIDE)
+            k_tile = load_head_tile(k, 0, first, kv_len, 0, k_row, k_column, BLOCK_KV, FIRST, MASKED, WIDE, DESCRIPTORS)
+            v_tile = load_head_tile(v, 0, first, kv_len, 0, v_row, v_column, BLOCK_KV, V_DIM, MASKED, WIDE, DESCRIPTORS)
             here = (place[0], place[1], place[2], first)
             at = indices(here, BLOCK_Q, BLOCK_KV, False)
             plane_tiles = load_planes(
@@ -79,6 +82,7 @@ def _walk_dq(
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Gather from the keys of all ranges: (start, full_start, full_end, end), as `kv_ranges` gives them."""
     start, full_start, full_end, end = ranges
@@ -87,16 +91,17 @@ def _walk_dq(
         dq, dq_rest = _gather_dq(
             dq, dq_rest, given, planes, plane_strides, place, scales, start, full_start, q_len, kv_len,
             HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
     dq, dq_rest = _gather_dq(
         dq, dq_rest, given, planes, plane_strides, place, scales, full_start, full_end, q_len, kv_len,
         HEAD_DIM, V_DIM, LEFT, RIGHT, False, SCORE, FULL_MASK, SLOPE, SLOTS, DROPOUT,
-        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
     dq, dq_rest = _gather_dq(
         dq, dq_rest, given, planes, plane_strides, place, scales, full_end, end, q_len, kv_len,
-        HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT, BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+        HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
+        BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
     return dq, dq_rest
 
@@ -116,6 +121,7 @@ def dq_kernel(
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_Q queries of one head."""
     planes = (plane0, plane1, plane2, plane3, plane4, plane5)
@@ -159,6 +165,9 @@ def dq_kernel(
         q_rest = load_tile(q, first_row, q_len, q_row, q_column, BLOCK_Q, HEAD_DIM - FIRST, True, WIDE)
         dq_rest = tl.zeros([BLOCK_Q, padded(HEAD_DIM - FIRST)], tl.float32)
 
+    if DESCRIPTORS:
+        k = described(k, 1, kv_len, k_row, k_row, BLOCK_KV, HEAD_DIM)
+        v = described(v, 1, kv_len, v_row, v_row, BLOCK_KV, V_DIM)
     given = (
         q_tile,
         q_rest,
@@ -180,13 +189,13 @@ def dq_kernel(
                 dq_tile, dq_rest, given, planes, plane_strides, place, scales,
                 within_run(runs, run, ranges[0], ranges[1], ranges[2], ranges[3], BLOCK_KV), q_len, kv_len,
                 HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+                BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
             )  # fmt: skip
     else:
         dq_tile, dq_rest = _walk_dq(
             dq_tile, dq_rest, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
             HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
-            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES,
+            BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
     q_rows = batch * tl.cast(q_size, tl.int64)
     rows_written = q_size

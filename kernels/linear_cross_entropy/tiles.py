@@ -88,7 +88,7 @@ _NARROW_GPU = {
         _T(128, 128, 64, num_stages=2), _T(128, 64, 256, num_stages=2), _T(64, 128, 256, num_stages=2)
     ),
     "gfx950": LinearCrossEntropyConfig(
-        _T(128, 256, 64, num_stages=2), _T(128, 64, 256, num_stages=2), _T(64, 128, 256, num_stages=2)
+        _T(128, 256, 64, num_stages=3), _T(128, 64, 256, num_stages=2), _T(64, 128, 256, num_stages=2)
     ),
 }
 _FLOAT32_GPU = LinearCrossEntropyConfig(_T(64, 128, 16), _T(128, 16, 128), _T(16, 128, 128))

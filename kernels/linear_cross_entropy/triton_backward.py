@@ -172,14 +172,16 @@ def _product(
     a, b, targets, previous, kept, out,
     m, n, k, b_first, b_count, out_first, previous_first,
     a_batch, a_row, a_col, b_batch, b_row, b_col, targets_batch, targets_row, previous_batch, out_batch,
-    TARGETS: tl.constexpr, ACCUMULATES: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TARGETS: tl.constexpr, ACCUMULATES: tl.constexpr, EVEN_K: tl.constexpr, ALIGNED_M: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of `a @ b`, added to `previous` if there is one: m rows of `out`, a [m, k], b [k, n] from row b_first.
 
     b has b_count rows, and what would lie past them counts as 0, as does the row of a token that does not count. `kept`
     is `out` where only a part of it is written: a launch is given what it leaves as it was.
     """
+    if ALIGNED_M:
+        m = m // 16 * 16  # m is not specialised on: what the plan knows of it keeps loads along m whole
     tiles_n = tl.cdiv(n, BLOCK_N)
     tiles_m = tl.cdiv(m, BLOCK_M)
     col = tl.program_id(0) % tiles_n * BLOCK_N
@@ -197,7 +199,10 @@ def _product(
 
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k, BLOCK_K):
-        a_tile = tl.load(a + a_offsets, mask=rows_exist[:, None] & (inner < k - start)[None, :], other=0.0)
+        a_exists = rows_exist[:, None]
+        if not EVEN_K:
+            a_exists = a_exists & (inner < k - start)[None, :]
+        a_tile = tl.load(a + a_offsets, mask=a_exists, other=0.0)
         b_exists = inner < tl.minimum(k, b_count - b_first) - start
         if TARGETS:
             target = per_token(targets, batch, b_first + start, b_count, targets_batch, targets_row, NO_TOKEN, BLOCK_K)
@@ -339,6 +344,8 @@ def _product_launch(
         constants={
             "TARGETS": targets is not None,
             "ACCUMULATES": previous is not None,
+            "EVEN_K": k % block_k == 0,
+            "ALIGNED_M": a.strides[1] == 1 and m % 16 == 0,
             "WIDE": wide((a, block_m, block_k), (b_array, block_k, block_n)),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,

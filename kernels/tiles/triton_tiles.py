@@ -99,6 +99,36 @@ def load_tile(
 
 
 @triton.jit
+def described(pointer, heads, row_count, head_stride, row_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """What the copy engine needs to load tiles of [heads, row_count, COLUMNS], each [1, ROWS, padded(COLUMNS)].
+
+    What lies outside the array reads as 0.
+    """
+    return tl.make_tensor_descriptor(
+        pointer,
+        [heads, tl.maximum(row_count, 1), COLUMNS],
+        [tl.cast(head_stride, tl.int64), tl.cast(row_stride, tl.int64), 1],
+        [1, ROWS, padded(COLUMNS)],
+    )
+
+
+@triton.jit
+def load_head_tile(
+    source, head, first_row, row_count, head_stride, row_stride, column_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHECK_ROWS: tl.constexpr, WIDE: tl.constexpr, DESCRIBED: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, padded(COLUMNS)] of a head of [heads, row_count, COLUMNS]: of a pointer, or of what `described` gave."""
+    if DESCRIBED:
+        tile = source.load([head, first_row, 0]).reshape([ROWS, padded(COLUMNS)])
+    else:
+        tile = load_tile(
+            advance(source, head, head_stride), first_row, row_count, row_stride, column_stride,
+            ROWS, COLUMNS, CHECK_ROWS, WIDE,
+        )  # fmt: skip
+    return tile
+
+
+@triton.jit
 def load_rows(pointer, first, count, stride, other, BLOCK: tl.constexpr, CHECK: tl.constexpr = True):
     """[BLOCK] of an array [count], from element `first`; what lies outside it reads as `other`."""
     pointers = advance(pointer, first, stride) + tl.arange(0, BLOCK).to(tl.int64) * stride

@@ -3,19 +3,23 @@
 import ctypes
 import json
 import re
+import threading
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from crosstile.bench import packed
+from crosstile import torch as glue
+from crosstile.bench import chip, packed
 from crosstile.bench.cli import app
 from crosstile.bench.gpu import compiled_launch, specialise
-from crosstile.bench.programs import Job, gpu_plan
+from crosstile.bench.programs import Job, directions, gpu_plan
 from crosstile.bench.shape import numpy_dtype
-from crosstile.bench.shapes import SHAPES
+from crosstile.bench.shapes import SHAPES, get_shape
 from crosstile.kernels.tiles.targets import get_target
+from crosstile.torch import describe
 
 SM_90 = get_target("sm_90")
 NORM = Job("sm_90", "norm", "backward", "gpt-2-norm", "bfloat16")
@@ -72,6 +76,60 @@ def test_a_launch_gives_what_the_program_takes(job):
         assert taken[-2:] == [8, 8]
         pointers = [value.value for value in given if isinstance(value, ctypes.c_void_p)]
         assert pointers == [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+
+@pytest.fixture
+def a_gpu_that_keeps_launches(monkeypatch):
+    """torch's CPU in the place of a GPU: kernels are planned for sm_90, and their launches kept."""
+    kept = []
+    monkeypatch.setattr(glue, "target_of", lambda array: SM_90)
+    monkeypatch.setattr(glue, "obstacles", lambda *arguments: ())
+    monkeypatch.setattr(glue, "on_cpu", lambda array: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    with glue.launching(lambda launch, tensors: kept.append((launch, tensors))):
+        yield kept
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-3.2-1b@q_len=256,kv_len=256",
+        "llama-3-8b-down@m=256",
+        "llama-3-8b-norm@rows=64",
+        "llama-3-8b-rotary@length=64",
+        "llama-3-8b-head@tokens=128,vocab=4096",
+        "llama-3-8b-gate-int4@m=64,n=256",
+        "qwen3-30b-a3b-down@tokens=512",
+        "mixtral-8x7b-down-int4@tokens=64",
+    ],
+)
+def test_a_call_launches_what_pack_compiles(name, a_gpu_that_keeps_launches):
+    shape = get_shape(name)
+    packed_keys = set()
+    for direction in directions(shape):
+        launches, arrays = plan_of(Job("sm_90", shape.op, direction, name, "bfloat16"))
+        packed_keys |= {key_of(launch, arrays) for launch in launches}
+    arrays = chip.random_arrays(shape, "bfloat16", "cpu")
+    chip._results(shape, arrays, shape.leaves("bfloat16"), "triton")
+    assert a_gpu_that_keeps_launches
+    for launch, tensors in a_gpu_that_keeps_launches:
+        names = (*launch.inputs, *launch.outputs)
+        given = {name: describe(tensor) for name, tensor in zip(names, tensors, strict=True) if tensor is not None}
+        assert key_of(launch, given) in packed_keys, launch.kernel.__name__
+
+
+def test_launching_reaches_every_thread():
+    """autograd runs a backward on a GPU on a thread of its own."""
+
+    def mine(launch, tensors):
+        raise AssertionError
+
+    seen = []
+    with glue.launching(mine):
+        thread = threading.Thread(target=lambda: seen.append(glue._launcher.run))
+        thread.start()
+        thread.join()
+    assert seen == [mine]
 
 
 def test_pack_writes_each_program_once(tmp_path):

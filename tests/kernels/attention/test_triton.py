@@ -301,6 +301,41 @@ def test_any_tiles(block_q, block_kv):
     check(found, definition(case, arrays), dict.fromkeys(found, 0.0), "float32")
 
 
+@pytest.mark.parametrize("name", ["tails everywhere", "causal, rows without a key", "grouped heads"])
+def test_the_copy_engine_loads_what_addresses_do(name):
+    case = CASES[name]
+    arrays, spec = case.arrays("float16"), case.spec("float16")
+    addresses, descriptors = (AttentionTiles(16, 32, descriptors=given) for given in (0, 1))
+    one, other = (AttentionConfig(tiles, tiles, tiles) for tiles in (addresses, descriptors))
+    _equal(forward_and_backward(spec, arrays, other), forward_and_backward(spec, arrays, one))
+
+
+@pytest.mark.parametrize(
+    ("array", "loads"),
+    [
+        (Array((2, 64, 4, 24), "bfloat16", (6144, 96, 24, 1)), True),
+        (Array((2, 64, 4, 24), "bfloat16", (6144, 96, 24, 1), aligned=False), False),
+        (Array((2, 64, 4, 24), "bfloat16", (6144, 96, 24, 2)), False),
+        (Array((2, 64, 4, 20), "bfloat16", (5120, 80, 20, 1)), False),
+        (Array((2, 64, 4, 20), "float32", (5120, 80, 20, 1)), True),
+        (Array((2, 64, 4, 24), "bfloat16", (1540, 96, 24, 1)), False),
+        (Array((2, 64, 4, 24), "bfloat16", (1536, 24, 0, 1)), False),
+        (Array((2, 64, 4, 24), "bfloat16", (6144, -96, 24, 1)), False),
+        (Array((2, 64, 4, 192), "bfloat16", (49152, 768, 192, 1)), False),
+    ],
+    ids=[
+        "contiguous", "not at 16 bytes", "columns apart", "heads not at 16 bytes", "of float32",
+        "items not at 16 bytes", "one head for all", "rows backwards", "two tiles a head",
+    ],
+)  # fmt: skip
+def test_what_the_copy_engine_can_load(array, loads):
+    tiles = AttentionTiles(16, 16, descriptors=1)
+    row, bias = Array((1, 1, 64, 1), "int32", (64, 64, 1, 1)), Array((1, 4, 64, 64), "float32", (16384, 4096, 64, 1))
+    assert triton_common.by_descriptors(tiles, (None, row), array) is loads
+    assert not triton_common.by_descriptors(tiles, (None, bias), array)
+    assert not triton_common.by_descriptors(AttentionTiles(16, 16), (), array)
+
+
 @pytest.mark.parametrize("size", [8, 48])
 def test_refuses_tiles_that_no_dot_can_have(size):
     case = Case()

@@ -107,6 +107,13 @@ def tune(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none")
+def parity(session: nox.Session) -> None:
+    """Compare every family of models with transformers, in NumPy, torch and JAX: nox -s parity -- llama gemma2."""
+    prepare(session)
+    python(session, "crosstile.models.parity", *session.posargs)
+
+
+@nox.session(venv_backend="none")
 def lint(session: nox.Session) -> None:
     """Check format, style and the one-way imports."""
     prepare(session)

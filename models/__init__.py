@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .checkpoint import load, save
 from .config import Config
 from .generate import generate
+from .tokenizer import load_tokenizer
 from .train import Result, train
 from .transformer import forward, init, loss, quantize
 
@@ -26,6 +27,7 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "load_tokenizer",
     "loss",
     "quantize",
     "save",

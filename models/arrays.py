@@ -94,11 +94,35 @@ def take(table: Array, indices: Array) -> Array:
     return table[indices]
 
 
-def logsumexp(array: Array) -> Array:
-    """Over the last axis, shifted by its maximum."""
+def softmax(array: Array) -> Array:
+    """Along the last axis."""
     xp = namespace(array)
-    peak = xp.amax(array, axis=-1, keepdims=True)
-    return xp.log(xp.exp(array - peak).sum(-1)) + peak[..., 0]
+    powers = xp.exp(array - xp.amax(array, -1)[..., None])
+    return powers / powers.sum(-1)[..., None]
+
+
+def sigmoid(array: Array) -> Array:
+    """`1 / (1 + exp(-x))`."""
+    return 1 / (1 + namespace(array).exp(-array))
+
+
+def top_k(array: Array, count: int) -> Array:
+    """Where the highest of the last axis are, the highest first and of equals the first."""
+    framework = framework_of(array)
+    if framework == "torch":
+        return array.detach().argsort(dim=-1, descending=True, stable=True)[..., :count]
+    if framework == "jax":
+        import jax
+
+        return jax.lax.top_k(jax.lax.stop_gradient(array), count)[1]
+    return np.argsort(-array, axis=-1, kind="stable")[..., :count]
+
+
+def pick(array: Array, indices: Array) -> Array:
+    """The elements at those places of the last axis."""
+    if framework_of(array) == "torch":
+        return array.gather(-1, indices)
+    return namespace(array).take_along_axis(array, indices, axis=-1)
 
 
 def write(cache: Array, new: Array, position: Any) -> Array:

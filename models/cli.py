@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import time
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from crosstile.quantization import Quantized
 
 from .arrays import tree_leaves
 from .checkpoint import load
 from .config import Config
-from .data import VOCAB_SIZE, decode, encode
+from .data import VOCAB_SIZE
 from .generate import stream
 from .run import last_checkpoint, last_step
+from .tokenizer import BYTES, Tokenizer, load_tokenizer
 from .train import BATCH, LEARNING_RATE, SEQ, STEPS, Result, train
 
 
@@ -83,44 +86,63 @@ def report(result: Result) -> None:
 
 
 def generate_command(
-    out: Annotated[Path, typer.Option(help="Folder of a run, or a checkpoint of a model of bytes.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[Path, typer.Option(help="Folder of a run.")] = Path("runs/demo"),
+    model: Annotated[Path | None, typer.Option(help="Folder of a checkpoint, in place of a run.")] = None,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "def ",
-    tokens: Annotated[int, typer.Option(help="How many bytes to append.")] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest byte.")] = 0.7,
+    tokens: Annotated[int, typer.Option(help="How many tokens to append at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.7,
     seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
     framework: Annotated[Framework | None, typer.Option(help="Default: that of the run, else torch.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights. Default: as they are stored.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Keep the layers' matrices as int8, int4, ...")] = None,
 ) -> None:
-    """Continue a text with a trained model."""
-    run = out / "run.json"
+    """Continue a text with a trained model, or with any checkpoint of a known family."""
+    where = out if model is None else model
+    run = where / "run.json"
     trained_in = json.loads(run.read_text("utf-8"))["framework"] if run.is_file() else "torch"
     try:
-        folder = out if (out / "config.json").is_file() else last_checkpoint(out)
-        params, config = load(folder, framework.value if framework else trained_in)
-        if config.vocab_size != VOCAB_SIZE:
+        folder = where if model is not None or (where / "config.json").is_file() else last_checkpoint(where)
+        params, config = load(folder, framework.value if framework else trained_in, dtype, quantize=quantize)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is BYTES and config.vocab_size != VOCAB_SIZE:
             raise ValueError(
-                f"{folder}: has {config.vocab_size} tokens; this command knows models of bytes ({VOCAB_SIZE})"
+                f"{folder}: has {config.vocab_size} tokens and no tokenizer.json; without one a model is of bytes, "
+                f"{VOCAB_SIZE} tokens"
             )
-        _print_stream(params, config, prompt, tokens, temperature, seed)
+        _print_stream(params, config, tokenizer, prompt, tokens, temperature, seed)
     except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
 
 
-def _print_stream(params: object, config: Config, prompt: str, tokens: int, temperature: float, seed: int) -> None:
-    rows = encode(prompt)[None]
+def _print_stream(
+    params: object, config: Config, tokenizer: Tokenizer, prompt: str, tokens: int, temperature: float, seed: int
+) -> None:
+    rows = tokenizer.encode(prompt)[None]
     if not rows.size:
-        raise ValueError("prompt: got an empty text; it must hold at least one byte")
+        raise ValueError("prompt: got an empty text; it must hold at least one token")
     if rows.size + tokens > config.max_seq_len:
         raise ValueError(f"tokens: got {tokens} after {rows.size} of the prompt; at most {config.max_seq_len} in all")
-    utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-    typer.echo(decode(rows[0]), nl=False)
-    times = []
-    for column in stream(params, config, rows, tokens, temperature, seed):
-        times.append(time.perf_counter())
-        typer.echo(utf8.decode(bytes(column.astype("uint8"))), nl=False)
-    typer.echo(utf8.decode(b"", final=True))
+    typer.echo(prompt, nl=False)
+    times: list[float] = []
+
+    def drawn() -> Iterator[int]:
+        for column in stream(params, config, rows, tokens, temperature, seed):
+            times.append(time.perf_counter())
+            if column[0] in config.end_tokens:
+                return
+            yield int(column[0])
+
+    for piece in tokenizer.stream(drawn()):
+        typer.echo(piece, nl=False)
+    typer.echo()
     if len(times) > 2:  # the first comes from the prompt; in JAX the second waits for the compiler
         speed = (len(times) - 2) / (times[-1] - times[1])
-        weights = sum(array.nbytes for array in tree_leaves(params).values())
+        weights = sum(_bytes_of(array) for array in tree_leaves(params).values())
         typer.echo(f"{speed:,.0f} token/s, {speed * weights / 1e9:.2f} GB/s of weights read", err=True)
+
+
+def _bytes_of(array: Any) -> int:
+    """In memory; of quantised weights the codes and scales."""
+    if isinstance(array, Quantized):
+        return sum(part.nbytes for part in (array.values, array.scales, array.zeros) if part is not None)
+    return int(array.nbytes)

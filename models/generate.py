@@ -63,23 +63,35 @@ def stream(
     if not max_new_tokens:
         return
     rng = np.random.default_rng(seed)
-    batch, length = prompt.shape
-    run = _runner(params, config)
+    tokens, end = prompt, prompt.shape[1] + max_new_tokens
+    with _inference(params):
+        logits, cache = _read(params, config, tokens, end)
+        while True:
+            chosen = choose(to_numpy(logits), temperature, rng)
+            yield chosen
+            position = tokens.shape[1]
+            tokens = np.concatenate([tokens, chosen[:, None]], axis=1)
+            if tokens.shape[1] == end:
+                return
+            long = config.is_long(position + 1)
+            if long != config.is_long(position):  # the keys so far were turned by other frequencies
+                logits, cache = _read(params, config, tokens, end)
+                continue
+            step = like(chosen[:, None], params["embedding"])
+            out, cache = _runner(params, config, long)(params, step, cache, position)
+            logits = out[:, 0]
+
+
+def _read(params: Tree, config: Config, tokens: np.ndarray, end: int) -> tuple[Array, Tree]:
+    """The logits after the last of the tokens, and a cache of them with place for `end`."""
+    batch, length = tokens.shape
     in_jax = framework_of(params["embedding"]) == "jax"
     padded = min(_power_of_two(length), config.max_seq_len) if in_jax else length
-    size = _power_of_two(max(padded, length + max_new_tokens))
-    cache = make_cache(params, config, batch, size)
-    tokens = np.pad(prompt, ((0, 0), (0, padded - length)))
-    with _inference(params):
-        logits, cache = run(params, like(tokens, params["embedding"]), cache, 0)
-        for position in range(length, length + max_new_tokens):
-            # Padding was written behind the prompt; each step overwrites its slot before any query sees it.
-            last = length - 1 if position == length else 0
-            chosen = choose(to_numpy(logits[:, last]), temperature, rng)
-            yield chosen
-            if position + 1 < length + max_new_tokens:
-                step = like(chosen[:, None], params["embedding"])
-                logits, cache = run(params, step, cache, position)
+    cache = make_cache(params, config, batch, _power_of_two(max(padded, end)))
+    # Padding is written behind the tokens; each step overwrites its slot before any query sees it.
+    whole = like(np.pad(tokens, ((0, 0), (0, padded - length))), params["embedding"])
+    logits, cache = _runner(params, config, config.is_long(length))(params, whole, cache, 0)
+    return logits[:, length - 1], cache
 
 
 def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
@@ -89,23 +101,23 @@ def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> 
     return logits.argmax(axis=-1).astype(np.int32)
 
 
-def _runner(params: Tree, config: Config) -> _Extend:
+def _runner(params: Tree, config: Config, long: bool) -> _Extend:
     """`extend` of that config, compiled in JAX."""
     embedding = params["embedding"]
     if framework_of(embedding) != "jax":
-        return lambda params, tokens, cache, position: extend(params, tokens, config, cache, position)
+        return lambda params, tokens, cache, position: extend(params, tokens, config, cache, position, long)
     choice = crosstile.explain("matmul", embedding[:1], embedding[:1].T).choice
-    return _compiled(config, (choice.implementation, choice.target.name))
+    return _compiled(config, long, (choice.implementation, choice.target.name))
 
 
 @lru_cache(maxsize=8)
-def _compiled(config: Config, _surroundings: tuple[str | None, str]) -> _Extend:
+def _compiled(config: Config, long: bool, _surroundings: tuple[str | None, str]) -> _Extend:
     """One for each config and for each implementation and target, which a traced program has baked in."""
     import jax
 
     def run(params: Tree, tokens: Array, cache: Tree, position: Any) -> tuple[Array, Tree]:
         start = 0 if tokens.shape[1] > 1 else position
-        return extend(params, tokens, config, cache, start)
+        return extend(params, tokens, config, cache, start, long)
 
     return jax.jit(run, donate_argnums=2)
 

@@ -16,6 +16,7 @@ from .config import Config
 BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
 CLIP = 1.0
+NOT_TRAINED = "correction_bias"  # experts are chosen by it, and no gradient reaches it
 
 
 class Learner(Protocol):
@@ -43,7 +44,8 @@ class TorchLearner:
         import torch
 
         self.params, self._config, self._learning_rates = params, config, learning_rates
-        self._leaves = {path: array.requires_grad_() for path, array in tree_leaves(params).items()}
+        trained = {path: array for path, array in tree_leaves(params).items() if not path.endswith(NOT_TRAINED)}
+        self._leaves = {path: array.requires_grad_() for path, array in trained.items()}
         matrices = [array for array in self._leaves.values() if array.ndim > 1]
         vectors = [array for array in self._leaves.values() if array.ndim == 1]
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]

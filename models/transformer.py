@@ -1,11 +1,11 @@
-"""A transformer of the Llama and Mixtral families, one definition for NumPy, torch and JAX.
+"""The transformer, one definition of all families for NumPy, torch and JAX.
 
-Pure functions over a tree of parameters; matrices are `[in, out]`, so a projection is `x @ w`:
+Pure functions over a tree of parameters; matrices are `[in, out]`, so a projection is `x @ w`. `shapes` lists those of
+any config, and what a family does not have is not in its tree. Llama's is
 
     embedding       [vocab, hidden]
     layers[i]       attention_norm [hidden], wq [hidden, heads * dim], wk and wv [hidden, kv_heads * dim],
                     wo [heads * dim, hidden], mlp_norm [hidden], w_gate and w_up [hidden, inner], w_down [inner, hidden]
-                    (with experts also router [hidden, experts], and w_gate, w_up and w_down lead with `experts`)
     norm            [hidden]
     head            [hidden, vocab], absent where the embedding is tied
 
@@ -27,57 +27,34 @@ from .arrays import (
     arange,
     cast,
     dtype_name,
-    framework_of,
     from_numpy,
     like,
-    logsumexp,
     namespace,
     take,
     tree_map_with_path,
     write,
 )
-from .config import Config
-
-
-def shapes(config: Config) -> Tree:
-    """The shape of each parameter, in their tree."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    experts = (config.num_experts,) if config.num_experts else ()
-    layer = {
-        "attention_norm": (hidden,),
-        "wq": (hidden, q_width),
-        "wk": (hidden, kv_width),
-        "wv": (hidden, kv_width),
-        "wo": (q_width, hidden),
-        "mlp_norm": (hidden,),
-        "w_gate": (*experts, hidden, inner),
-        "w_up": (*experts, hidden, inner),
-        "w_down": (*experts, inner, hidden),
-    }
-    if experts:
-        layer["router"] = (hidden, *experts)
-    tree = {
-        "embedding": (config.vocab_size, hidden),
-        "layers": [dict(layer) for _ in range(config.num_layers)],
-        "norm": (hidden,),
-    }
-    return tree if config.tie_embeddings else {**tree, "head": (hidden, config.vocab_size)}
+from .config import Config, Latent, Layer
+from .mlp import dense, mixture
+from .positions import turn
+from .shapes import is_matrix, shapes
 
 
 def init(config: Config, seed: int = 0, framework: str = "torch", dtype: str = "float32", device: Any = None) -> Tree:
     """Random parameters, drawn by NumPy: the same numbers in every framework.
 
-    Matrices are normal with deviation 0.02, those that write to the residual stream smaller by `sqrt(2 * num_layers)`.
+    Matrices are normal with deviation 0.02, those that write to the residual stream smaller by `sqrt(2 * num_layers)`;
+    norms leave rows as they are, biases and sinks are 0.
     """
     rng = np.random.default_rng(seed)
 
     def draw(path: str, shape: tuple[int, ...]) -> Array:
-        if path.endswith("norm"):
-            array = np.ones(shape, np.float32)
-        else:
-            scale = (2 * config.num_layers) ** -0.5 if path.endswith(("wo", "w_down")) else 1.0
+        name = path.rpartition(".")[2]
+        if is_matrix(name) or name == "embedding":
+            scale = (2 * config.num_layers) ** -0.5 if name.endswith(("wo", "w_down")) else 1.0
             array = np.float32(0.02 * scale) * rng.standard_normal(shape, np.float32)
+        else:
+            array = np.full(shape, float(name.endswith("norm") and not config.zero_centered_norms), np.float32)
         return from_numpy(array, framework, dtype, device)
 
     return tree_map_with_path(draw, shapes(config))
@@ -86,17 +63,21 @@ def init(config: Config, seed: int = 0, framework: str = "torch", dtype: str = "
 def quantize(params: Tree, dtype: str, **options: Any) -> Tree:
     """The parameters with the matrices of every layer in 8 or 4 bits, to generate with: see `crosstile.quantize`.
 
-    The embedding, the head, the norms and the routers stay as they are. Such matrices have no gradient.
+    The embedding, the head, the norms, the biases and the routers stay as they are. Such matrices have no gradient.
     """
 
-    def layer(arrays: Tree) -> Tree:
-        kept = ("attention_norm", "mlp_norm", "router")
+    def layer(weights: Tree) -> Tree:
         return {
-            name: array if name in kept else crosstile.quantize(array, dtype, **options)
-            for name, array in arrays.items()
+            name: crosstile.quantize(array, dtype, **options) if quantizable(name) else array
+            for name, array in weights.items()
         }
 
-    return {**params, "layers": [layer(arrays) for arrays in params["layers"]]}
+    return {**params, "layers": [layer(weights) for weights in params["layers"]]}
+
+
+def quantizable(name: str) -> bool:
+    """Whether `quantize` takes that parameter of a layer."""
+    return is_matrix(name) and "router" not in name
 
 
 def forward(params: Tree, tokens: Array, config: Config) -> Array:
@@ -108,137 +89,188 @@ def forward(params: Tree, tokens: Array, config: Config) -> Array:
 def loss(params: Tree, tokens: Array, config: Config) -> Array:
     """Mean cross-entropy in nats of tokens `[batch, seq + 1]`, each predicted from those before it.
 
-    With experts, `config.router_loss` times what is least where every expert takes as many tokens is added.
+    With experts, `config.experts.loss` times what is least where every expert takes as many tokens is added.
     """
     x, routers = last_layer(params, tokens[:, :-1], config)
-    head = params["embedding"] if config.tie_embeddings else params["head"].T
+    hidden, head = before_logits(params, x, config)
+    if "head_bias" in params:  # as one more input that is 1
+        xp = namespace(x)
+        hidden = xp.concatenate([hidden, xp.ones_like(hidden[..., :1])], -1)
+        head = xp.concatenate([head, params["head_bias"][:, None]], -1)
     targets = like(tokens[:, 1:], x)
-    result = crosstile.linear_cross_entropy(norm(x, params["norm"], config), head, targets)
-    if not (routers and config.router_loss):
+    result = crosstile.linear_cross_entropy(hidden, head, targets, softcap=config.logit_softcap)
+    if not (routers and config.experts and config.experts.loss):
         return result
     chosen = namespace(x).concatenate(routers)
-    _, experts = route(chosen, config.experts_per_token)
-    return result + config.router_loss * load_balancing_loss(chosen, experts)
+    _, experts = route(chosen, config.experts.per_token)
+    return result + config.experts.loss * load_balancing_loss(chosen, experts)
 
 
 def last_layer(params: Tree, tokens: Array, config: Config) -> tuple[Array, list[Array]]:
     """What the last layer writes, `[batch, seq, hidden]`, and the logits of each layer's router, if it has one."""
-    x, routers = take(params["embedding"], tokens), []
-    positions = arange(tokens.shape[1], x)
-    for layer in params["layers"]:
-        q, k, v = queries_keys_values(layer, x, positions, config)
-        x = attention_output(layer, x, crosstile.attention(q, k, v, causal=True))
-        x, router = mlp(layer, x, config)
+    x, routers = embed(params, tokens, config), []
+    positions, long = arange(tokens.shape[1], x), config.is_long(tokens.shape[1])
+    for weights, layer in zip(params["layers"], config.layers, strict=True):
+        h = norm(weights, "attention_norm", x, config)
+        q, k, v = queries_keys_values(weights, layer, h, positions, long, config)
+        heads = crosstile.attention(q, k, v, **scores(weights, layer, config))
+        x, router = after_attention(weights, layer, x, h, heads, config)
         routers += [] if router is None else [router]
     return x, routers
 
 
 def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:
-    """Keys and values of `size` positions for each layer, zeros: `[batch, size, kv_heads, head_dim]`."""
+    """Keys and values of `size` positions for each layer, zeros: `[batch, size, kv_heads, head_dim]` and `v_dim`.
+
+    Latent attention keeps the keys and values of all heads, not the narrow vectors that they come from.
+    """
     embedding = params["embedding"]
-    shape = (batch, size, config.num_kv_heads, config.head_dim)
-    zeros = like(np.zeros(shape, np.float32), embedding)
-    copy = namespace(embedding).zeros_like
-    zeros = cast(zeros, dtype_name(embedding))
-    return [{"k": copy(zeros), "v": copy(zeros)} for _ in range(config.num_layers)]
+
+    def zeros(dim: int) -> Array:
+        whole = like(np.zeros((batch, size, config.num_kv_heads, dim), np.float32), embedding)
+        return namespace(embedding).zeros_like(cast(whole, dtype_name(embedding)))
+
+    return [{"k": zeros(config.head_dim), "v": zeros(config.v_dim)} for _ in range(config.num_layers)]
 
 
-def extend(params: Tree, tokens: Array, config: Config, cache: Tree, position: Any) -> tuple[Array, Tree]:
+def extend(
+    params: Tree, tokens: Array, config: Config, cache: Tree, position: Any, long: bool = False
+) -> tuple[Array, Tree]:
     """Append tokens `[batch, length]` at `position`: the logits after each, and the cache with their keys and values.
 
     `position` is an int, or a traced scalar of JAX when length is 1. Positions before it must have been written;
-    NumPy and torch write the cache in place.
+    NumPy and torch write the cache in place. `long` is `config.is_long` of the whole.
     """
-    x = take(params["embedding"], tokens)
+    x = embed(params, tokens, config)
     positions = arange(tokens.shape[1], x) + position
     extended = []
-    for layer, past in zip(params["layers"], cache, strict=True):
-        q, k, v = queries_keys_values(layer, x, positions, config)
+    for weights, layer, past in zip(params["layers"], config.layers, cache, strict=True):
+        h = norm(weights, "attention_norm", x, config)
+        q, k, v = queries_keys_values(weights, layer, h, positions, long, config)
         past = {"k": write(past["k"], k, position), "v": write(past["v"], v, position)}
-        x = attention_output(layer, x, attend_cached(q, past["k"], past["v"], position))
-        x, _ = mlp(layer, x, config)
+        heads = attend_cached(q, past["k"], past["v"], position, scores(weights, layer, config))
+        x, _ = after_attention(weights, layer, x, h, heads, config)
         extended.append(past)
     return logits(params, x, config), extended
 
 
-def queries_keys_values(layer: Tree, x: Array, positions: Array, config: Config) -> tuple[Array, Array, Array]:
-    """`[batch, seq, heads, head_dim]` each, the queries and keys turned by their positions."""
-    h = norm(x, layer["attention_norm"], config)
-    q, k, v = (
-        crosstile.matmul(h, layer[name]).reshape(*x.shape[:2], -1, config.head_dim) for name in ("wq", "wk", "wv")
-    )
-    q, k = crosstile.rotary((q, k), positions, base=config.rope_theta, scaling=config.rope_scaling)
+def attend_cached(q: Array, k: Array, v: Array, position: Any, options: dict[str, Any]) -> Array:
+    """Attention of q `[batch, length, heads, head_dim]`, at `position`, over a cache written up to its end."""
+    if isinstance(position, int):
+        end = position + q.shape[1]
+        return crosstile.attention(q, k[:, :end], v[:, :end], **options)
+    seen = namespace(q).broadcast_to(position + q.shape[1], (q.shape[0],))  # its shape must not follow its value
+    return crosstile.attention(q, k, v, kv_lengths=seen, **options)
+
+
+def embed(params: Tree, tokens: Array, config: Config) -> Array:
+    """The rows of the embedding, times `embedding_scale` in their dtype."""
+    x = take(params["embedding"], tokens)
+    if config.embedding_scale is None:
+        return x
+    return x * cast(like(np.float32(config.embedding_scale), x), dtype_name(x))
+
+
+def queries_keys_values(
+    weights: Tree, layer: Layer, h: Array, positions: Array, long: bool, config: Config
+) -> tuple[Array, Array, Array]:
+    """`[batch, seq, heads, dim]` each, the queries and keys normalised in some families, and turned."""
+    if config.latent:
+        return latent_queries_keys_values(weights, layer, h, positions, long, config, config.latent)
+
+    def heads(name: str) -> Array:
+        out = crosstile.matmul(h, weights[f"w{name}"], bias=weights.get(f"b{name}"))
+        if config.qk_norm == "whole":
+            out = norm(weights, f"{name}_norm", out, config)
+        out = out.reshape(*h.shape[:2], -1, config.head_dim)
+        return norm(weights, f"{name}_norm", out, config) if config.qk_norm == "head" else out
+
+    q, k, v = heads("q"), heads("k"), heads("v")
+    if layer.rotary:
+        q, k = turn((q, k), positions, layer.rotary, long)
+    if config.qk_norm == "head after rotary":
+        q, k = norm(weights, "q_norm", q, config), norm(weights, "k_norm", k, config)
     return q, k, v
 
 
-def attention_output(layer: Tree, x: Array, heads: Array) -> Array:
-    """`x + heads @ wo`: the heads mixed and added to the residual stream."""
-    return crosstile.matmul(heads.reshape(*x.shape[:2], -1), layer["wo"], residual=x)
+def latent_queries_keys_values(
+    weights: Tree, layer: Layer, h: Array, positions: Array, long: bool, config: Config, latent: Latent
+) -> tuple[Array, Array, Array]:
+    """The same from narrow vectors; of a head the last `rope_dim` elements know positions, in a key those of all."""
+    xp = namespace(h)
+    if latent.q_rank:
+        narrow = crosstile.matmul(h, weights["wq_down"], bias=weights.get("bq_down"))
+        q = crosstile.matmul(norm(weights, "q_latent_norm", narrow, config, latent.norm_eps), weights["wq_up"])
+    else:
+        q = crosstile.matmul(h, weights["wq"])
+    q = q.reshape(*h.shape[:2], config.num_heads, config.head_dim)
+    both = crosstile.matmul(h, weights["wkv_down"], bias=weights.get("bkv_down"))
+    narrow = norm(weights, "kv_latent_norm", both[..., : latent.kv_rank], config, latent.norm_eps)
+    kv = crosstile.matmul(narrow, weights["wkv_up"]).reshape(*h.shape[:2], config.num_heads, -1)
+    q_turned, k_turned = q[..., latent.nope_dim :], both[..., None, latent.kv_rank :]
+    if layer.rotary:
+        q_turned, k_turned = turn((q_turned, k_turned), positions, layer.rotary, long)
+    k_turned = xp.broadcast_to(k_turned, q_turned.shape)
+    q = xp.concatenate([q[..., : latent.nope_dim], q_turned], -1)
+    k = xp.concatenate([kv[..., : latent.nope_dim], k_turned], -1)
+    return q, k, kv[..., latent.nope_dim :]
 
 
-def mlp(layer: Tree, x: Array, config: Config) -> tuple[Array, Array | None]:
-    """SwiGLU: `x + (silu(h @ w_gate) * (h @ w_up)) @ w_down`, with `h = norm(x)`, and None.
-
-    Where there are experts each token passes through those that its router chooses, and the router's logits
-    `[batch * seq, experts]` take the place of None.
-    """
-    h = norm(x, layer["mlp_norm"], config)
-    if not config.num_experts:
-        gated = gate(h, layer["w_gate"], layer["w_up"])
-        return crosstile.matmul(gated, layer["w_down"], residual=x), None
-    weights = (layer[name] for name in ("router", "w_gate", "w_up", "w_down"))
-    mixed, router = crosstile.moe(h, *weights, top_k=config.experts_per_token, return_logits=True)
-    return x + mixed, router
+def scores(weights: Tree, layer: Layer, config: Config) -> dict[str, Any]:
+    """How attention scores, as the op's arguments."""
+    return {
+        "causal": True,
+        "window": None if layer.window is None else (layer.window - 1, 0),
+        "scale": config.attention_scale,
+        "softcap": config.softcap,
+        "sinks": weights.get("sinks"),
+    }
 
 
-def gate(h: Array, w_gate: Any, w_up: Any) -> Array:
-    """`silu(h @ w_gate) * (h @ w_up)`."""
-    if isinstance(w_gate, crosstile.Quantized):
-        return crosstile.matmul(h, w_gate, activation="silu") * crosstile.matmul(h, w_up)
-    return crosstile.glu_matmul(h, w_gate, w_up)
+def after_attention(
+    weights: Tree, layer: Layer, x: Array, h: Array, heads: Array, config: Config
+) -> tuple[Array, Array | None]:
+    """The stream x with `heads @ wo` added, and then the MLP's result; and the router's logits, if it has one."""
+    plain = not config.post_norm and config.residual_scale is None
+    heads = heads.reshape(*x.shape[:2], -1)
+    out = crosstile.matmul(heads, weights["wo"], bias=weights.get("bo"), residual=x if plain else None)
+    y = out if plain else added(x, out, weights, "post_attention_norm", config)
+    if config.parallel != "one norm":
+        h = norm(weights, "mlp_norm", x if config.parallel else y, config)
+    if layer.experts and config.experts:
+        out, router = mixture(weights, h, config, config.experts)
+        return added(y, out, weights, "post_mlp_norm", config), router
+    out = dense(weights, h, config, residual=y if plain else None)
+    return (out if plain else added(y, out, weights, "post_mlp_norm", config)), None
+
+
+def added(x: Array, out: Array, weights: Tree, post_norm: str, config: Config) -> Array:
+    """`x + residual_scale * norm(out)`, where the family has these."""
+    out = norm(weights, post_norm, out, config)
+    return x + (out if config.residual_scale is None else config.residual_scale * out)
 
 
 def logits(params: Tree, x: Array, config: Config) -> Array:
-    """`norm(x) @ head` in float32."""
-    head = params["embedding"].T if config.tie_embeddings else params["head"]
-    return crosstile.matmul(norm(x, params["norm"], config), head, out_dtype="float32")
+    """`norm(x) @ head` in float32, scaled and capped."""
+    hidden, head = before_logits(params, x, config)
+    out = crosstile.matmul(hidden, head.T, bias=params.get("head_bias"), out_dtype="float32")
+    cap = config.logit_softcap
+    return out if cap is None else cap * namespace(out).tanh(out / cap)
 
 
-def norm(x: Array, weight: Array, config: Config) -> Array:
-    """`x / sqrt(mean(x^2) + eps) * weight`."""
-    return crosstile.rms_norm(x, weight, eps=config.rms_norm_eps)
+def before_logits(params: Tree, x: Array, config: Config) -> tuple[Array, Array]:
+    """The rows `[batch, seq, hidden]` and the head `[vocab, hidden]` whose product the logits are."""
+    hidden = norm(params, "norm", x, config)
+    hidden = hidden if config.logit_scale is None else hidden * config.logit_scale
+    return hidden, params["embedding"] if config.tie_embeddings else params["head"].T
 
 
-CHUNK = 32  # keys that one partial result of `attend_chunks` covers
-
-
-def attend_cached(q: Array, k: Array, v: Array, position: Any) -> Array:
-    """Causal attention of q `[batch, length, heads, head_dim]`, at `position`, over a cache written up to its end."""
-    if framework_of(q) == "jax" and not isinstance(position, int):
-        return attend_chunks(q, k, v, position)
-    end = position + q.shape[1]
-    return crosstile.attention(q, k[:, :end], v[:, :end], causal=True)
-
-
-def attend_chunks(q: Array, k: Array, v: Array, position: Array) -> Array:
-    """The same for one query and a `position` that is known only when the program runs, with every shape fixed.
-
-    The cache is cut into chunks. In a causal square over one chunk, row i is what the query sees if the chunk ends
-    after key i; so each chunk's row is picked by `position`, and the chunks are joined by their logsumexp
-    (the split of Flash-Decoding, https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
-    """
-    xp = namespace(q)
-    batch, size, kv_heads, _ = k.shape
-    chunk = CHUNK if size % CHUNK == 0 else size
-    count = size // chunk
-    k, v = (array.reshape(batch * count, chunk, kv_heads, -1) for array in (k, v))
-    rows = xp.broadcast_to(q[:, None], (batch, count, chunk, *q.shape[2:])).reshape(-1, chunk, *q.shape[2:])
-    out, lse = crosstile.attention(rows, k, v, causal=True, return_lse=True)
-
-    last = position - chunk * xp.arange(count)  # the last key seen, counted within each chunk
-    row = xp.clip(last, 0, chunk - 1)
-    out = out.reshape(batch, count, chunk, *out.shape[2:])[:, xp.arange(count), row]
-    lse = lse.reshape(batch, count, -1, chunk)[:, xp.arange(count), :, row].swapaxes(0, 1)
-    lse = xp.where((last >= 0)[:, None], lse, -xp.inf)
-    weights = xp.exp(lse - logsumexp(lse.swapaxes(1, 2))[:, None])[..., None]
-    return cast((weights * cast(out, "float32")).sum(1)[:, None], dtype_name(q))
+def norm(weights: Tree, name: str, x: Array, config: Config, eps: float | None = None) -> Array:
+    """`x / sqrt(mean(x^2) + eps) * weight`, or a layer norm; x itself where the family has no norm there."""
+    if name not in weights:
+        return x
+    weight, eps = weights[name], config.norm_eps if eps is None else eps
+    if config.norm == "rms":
+        return crosstile.rms_norm(x, weight, eps=eps, zero_centered=config.zero_centered_norms)
+    weight = weight + 1 if config.zero_centered_norms else weight
+    return crosstile.layer_norm(x, weight, weights.get(f"{name}_bias"), eps=eps)

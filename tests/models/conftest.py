@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from crosstile.kernels.rotary.spec import Llama3Scaling
-from crosstile.models import Config
+from crosstile.models.config import Config, Layer, Rotary
 from crosstile.models.data import Corpus
 
 
@@ -15,13 +15,12 @@ def config():
         vocab_size=259,
         hidden_size=24,
         intermediate_size=40,
-        num_layers=2,
         num_heads=4,
         num_kv_heads=2,
         head_dim=10,
+        layers=(Layer(rotary=Rotary(500.0)),) * 2,
         max_seq_len=128,
-        rope_theta=500.0,
-        rms_norm_eps=1e-3,
+        norm_eps=1e-3,
     )
 
 
@@ -32,13 +31,12 @@ def stretched():
         vocab_size=256,
         hidden_size=16,
         intermediate_size=24,
-        num_layers=1,
         num_heads=2,
         num_kv_heads=1,
         head_dim=16,
+        layers=(Layer(rotary=Rotary(scaling=Llama3Scaling(8.0, 1.0, 4.0, 64))),),
         max_seq_len=256,
         tie_embeddings=True,
-        rope_scaling=Llama3Scaling(8.0, 1.0, 4.0, 64),
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from crosstile.kernels.rotary.spec import LinearScaling, Llama3Scaling, YarnScaling
-from crosstile.models import Config, init, load, save
+from crosstile.models import Config, init, load, names, save
 from crosstile.models.arrays import FRAMEWORKS, dtype_name, framework_of, to_numpy, tree_leaves
+from crosstile.models.config import Experts, Latent, Layer, LongRopeScaling, Rotary
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_wrong_checkpoint_is_named(folder):
     with pytest.raises(ValueError, match=r"q_proj\.bias"):
         load(folder)
     save_file({**tensors, name: tensors[name][:-1].clone()}, file)
-    with pytest.raises(ValueError, match=rf"{name}.*\[24, 39\].*\[24, 40\]"):
+    with pytest.raises(ValueError, match=rf"{name}: got \[39, 24\]; config.json makes it \[40, 24\], of layers.1.wq"):
         load(folder)
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
@@ -143,7 +144,7 @@ def test_config_of_a_real_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_2_1B))
     config = Config.from_pretrained(tmp_path)
     assert config.num_params == 1_235_814_400  # as the model's card says
-    assert config.rope_scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
+    assert {layer.rotary.scaling for layer in config.layers} == {Llama3Scaling(32.0, 1.0, 4.0, 8192)}
     assert Config.from_hugging_face(config.to_hugging_face()) == config
     renamed = {key: value for key, value in LLAMA_3_2_1B.items() if key not in ("rope_theta", "rope_scaling")}
     renamed["rope_parameters"] = {**LLAMA_3_2_1B["rope_scaling"], "rope_theta": 500000.0}
@@ -153,21 +154,25 @@ def test_config_of_a_real_model(tmp_path):
 def test_config_defaults_of_old_models():
     fields = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = Config.from_hugging_face({**fields, "num_attention_heads": 8, "vocab_size": 100})
-    assert (config.num_kv_heads, config.head_dim, config.rope_theta) == (8, 8, 10000.0)
+    assert (config.num_kv_heads, config.head_dim, config.layers) == (8, 8, (Layer(rotary=Rotary(10000.0)),) * 2)
     assert not config.tie_embeddings
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type: got 'gpt2'; supported are llama, mixtral"),
+        ({"model_type": "mamba"}, r"model_type: got 'mamba', which `load` does not read: its layers are state spaces"),
+        ({"model_type": "novel"}, r"model_type: got 'novel'; known are llama, .*family='llama'"),
         ({"model_type": None}, r"model_type: got None"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2}}, r"scaling: its rope_type is 'longrope'; it must be"),
-        ({"sliding_window": 4096}, r"sliding_window: got 4096; supported is None"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}}, r"scaling: its rope_type is 'dynamic'; it must be"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2}},
+            r"scaling: a rope_type of 'longrope' must also give short_f",
+        ),
         ({"model_type": "mixtral"}, r"config.json: the field 'num_local_experts' is missing"),
-        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, r"experts_per_token: got 5"),
-        ({"hidden_act": "gelu"}, r"hidden_act: got 'gelu'; supported is 'silu'"),
-        ({"attention_bias": True}, r"attention_bias: got True; supported is False"),
+        ({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 5}, r"experts.per_token: got 5"),
+        ({"model_type": "gemma2", "layer_types": ["chunked_attention"] * 16, "sliding_window": 8}, r"layer_types: got"),
+        ({"hidden_act": "xielu"}, r"hidden_act: got 'xielu'; supported are silu, "),
         ({"num_key_value_heads": 5}, r"num_heads: got 32; it must be a multiple of num_kv_heads 5"),
         ({"head_dim": 63}, r"head_dim: got 63; it must be even"),
         ({"hidden_size": 0}, r"hidden_size: got 0; it must be at least 1"),
@@ -178,6 +183,42 @@ def test_config_errors(change, message):
         Config.from_hugging_face({**LLAMA_3_2_1B, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "batch"}, r"norm: got 'batch'; it must be one of 'rms', 'layer'"),
+        ({"activation": "relu2"}, r"activation: got 'relu2'; it must be one of 'silu', 'gelu', 'gelu_tanh', 'relu'$"),
+        ({"layers": (Layer(experts=True),)}, r"experts: got None; a layer has experts"),
+        ({"layers": (Layer(window=0),)}, r"layers: got a window of 0; it must be at least 1"),
+        (
+            {"layers": (Layer(rotary=Rotary(dim=12)),)},
+            r"rotary.dim: got 12; it must be even, and from 2 to head_dim 10",
+        ),
+        ({"latent": Latent(8, None, 4, 4, 4)}, r"head_dim: got 10; latent attention makes it nope_dim \+ rope_dim, 8"),
+        ({"family": "novel"}, r"family: got 'novel'; it must be one of llama, "),
+    ],
+)
+def test_what_makes_no_model_is_named(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(config, **change).to_hugging_face()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"per_token": 5}, r"experts.per_token: got 5; it must be from 1 to count 4"),
+        ({"groups": 3}, r"experts.groups: got 3; count 4 must be a multiple of it"),
+        ({"groups": 4, "groups_per_token": 5}, r"experts.groups_per_token: got 5; it must be from 1 to groups 4"),
+        ({"groups": 4}, r"experts.per_token: got 2; 1 of 4 groups have only 1 experts"),
+        ({"bias": True}, r"experts.bias: got True; experts with a bias have the clamped gate alone"),
+        ({"score": "cosine"}, r"experts.score: got 'cosine'"),
+    ],
+)
+def test_what_makes_no_mixture_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        Experts(**{"count": 4, "per_token": 2, "intermediate_size": 8, **change})
+
+
 def test_config_names_a_missing_field():
     fields = {key: value for key, value in LLAMA_3_2_1B.items() if key != "vocab_size"}
     with pytest.raises(ValueError, match="'vocab_size' is missing"):
@@ -186,10 +227,31 @@ def test_config_names_a_missing_field():
 
 @pytest.mark.parametrize(
     "scaling",
-    [None, LinearScaling(4.0), Llama3Scaling(8.0, 1.0, 4.0, 64), YarnScaling(4.0, 32, beta_fast=16.0, truncate=False)],
-    ids=str,
+    [
+        None,
+        LinearScaling(4.0),
+        Llama3Scaling(8.0, 1.0, 4.0, 64),
+        YarnScaling(4.0, 32, beta_fast=16.0, truncate=False),
+        LongRopeScaling((1.0, 1.1, 1.2, 1.3, 1.4), (1.0, 2.0, 3.0, 4.0, 5.0), 32, 1.1),
+    ],
+    ids=lambda scaling: type(scaling).__name__,
 )
 def test_a_config_reads_back_what_it_writes(config, scaling):
-    for changed in (replace(config, rope_scaling=scaling), replace(config, num_experts=4, router_loss=0.5)):
+    stretched = (Layer(rotary=Rotary(500.0, scaling)),) * 2
+    sparse = tuple(replace(layer, experts=True) for layer in stretched)
+    experts = Experts(count=4, per_token=2, intermediate_size=40, loss=0.5)
+    for changed in (
+        replace(config, layers=stretched),
+        replace(config, layers=sparse, experts=experts, family="mixtral"),
+    ):
         fields = json.loads(json.dumps(changed.to_hugging_face()))
         assert Config.from_hugging_face(fields) == changed
+
+
+def test_what_a_family_cannot_say_is_named(config):
+    with pytest.raises(ValueError, match=r"config.json of 'llama' cannot say this model: softcap is 30.0, not None"):
+        replace(config, softcap=30.0).to_hugging_face()
+    with pytest.raises(
+        ValueError, match=r"a checkpoint of 'llama' has no place for post_attention_norm, post_mlp_norm"
+    ):
+        names.places(replace(config, post_norm=True))

@@ -66,7 +66,7 @@ def test_jax_compiles_two_programs_for_many_lengths(stretched, weights, tokens):
     params = weights("jax")
     for length, count in ((3, 5), (13, 9), (7, 20), (1, 1)):
         generate(params, stretched, tokens[:, :length], count)
-    (program,) = [_compiled(stretched, key) for key in [("library", "interpret")]]
+    (program,) = [_compiled(stretched, *key) for key in [(False, ("library", "interpret"))]]
     assert _compiled.cache_info().currsize == 1
     assert program._cache_size() == 2
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from crosstile.models import Config, load, train
 from crosstile.models.arrays import to_numpy, tree_leaves, tree_map_with_path
 from crosstile.models.cli import register
+from crosstile.models.config import Layer
 from crosstile.models.data import batch_at, decode, encode, held_out_batches, read_corpus, standard_library
 from crosstile.models.run import last_checkpoint, last_step
 from crosstile.models.train import schedule
@@ -26,8 +27,8 @@ FRAMEWORKS = ("torch", "jax")
 @pytest.fixture(scope="module")
 def small():
     return Config(
-        vocab_size=256, hidden_size=32, intermediate_size=48, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=16,
-        max_seq_len=64, tie_embeddings=True,
+        vocab_size=256, hidden_size=32, intermediate_size=48, num_heads=2, num_kv_heads=1, head_dim=16,
+        layers=(Layer(),), max_seq_len=64, tie_embeddings=True,
     )  # fmt: skip
 
 

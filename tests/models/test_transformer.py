@@ -11,7 +11,8 @@ import torch
 import crosstile
 from crosstile.models import Config, forward, generate, init, loss, quantize, save
 from crosstile.models.arrays import FRAMEWORKS, from_numpy, like, to_numpy, tree_leaves, tree_map_with_path
-from crosstile.models.transformer import CHUNK, attend_chunks, extend, make_cache
+from crosstile.models.config import Experts, Layer
+from crosstile.models.transformer import attend_cached, extend, make_cache
 
 
 def max_relative(got, wanted):
@@ -36,7 +37,14 @@ def hugging_face(config, folder):
     from safetensors.torch import load_file
 
     save(lively(config, "torch"), config, folder)
-    return load_file(folder / "model.safetensors"), config.to_hugging_face()
+    fields = config.to_hugging_face()
+    rope = fields["rope_parameters"]
+    scaling = rope if rope["rope_type"] != "default" else None
+    return load_file(folder / "model.safetensors"), {
+        **fields,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": scaling,
+    }
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -121,14 +129,21 @@ def test_cache_gives_the_logits_of_the_whole(config, tokens, framework, size):
     assert max_relative(np.concatenate(pieces, 1), whole) < 1e-5
 
 
-@pytest.mark.parametrize("position", [0, CHUNK - 1, CHUNK, CHUNK + 5, 3 * CHUNK - 1])
-def test_chunks_attend_to_what_a_slice_does(position):
+@pytest.mark.parametrize("position", [0, 1, 30, 63])
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_position_that_is_data_sees_what_a_slice_does(position, window):
     rng = np.random.default_rng(position)
-    size = 3 * CHUNK
-    q = rng.standard_normal((2, 1, 4, 8), np.float32)
-    k, v = rng.standard_normal((2, 2, size, 2, 8), np.float32)
-    wanted = crosstile.attention(q.astype(float), *(x[:, : position + 1].astype(float) for x in (k, v)), causal=True)
-    got = jax.jit(attend_chunks)(*(jax.numpy.asarray(x) for x in (q, k, v)), position)
+    q, sinks = rng.standard_normal((2, 1, 4, 8), np.float32), rng.standard_normal(4, np.float32)
+    k, v = rng.standard_normal((2, 2, 64, 2, 8), np.float32)
+    options = {"causal": True, "window": None if window is None else (window - 1, 0)}
+    seen = (x[:, : position + 1].astype(float) for x in (k, v))
+    wanted = crosstile.attention(q.astype(float), *seen, sinks=sinks.astype(float), **options)
+
+    @jax.jit
+    def step(q, k, v, sinks, position):
+        return attend_cached(q, k, v, position, {**options, "sinks": sinks})
+
+    got = step(*(jax.numpy.asarray(x) for x in (q, k, v, sinks)), position)
     assert max_relative(got, wanted) < 2e-6
 
 
@@ -148,7 +163,9 @@ def test_any_kernel_can_run_the_model(stretched, tokens):
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("dtype", ["int8", "int4", "mxfp4"])
 def test_quantized_layers_compute_with_the_weights_they_stand_for(config, tokens, framework, dtype):
-    config = replace(config, num_experts=3) if dtype == "int4" else config
+    if dtype == "int4":
+        experts = Experts(count=3, per_token=2, intermediate_size=40)
+        config = replace(config, layers=(Layer(experts=True),) * 2, experts=experts, family="mixtral")
     params = lively(config, framework)
     quantized = quantize(params, dtype)
     rough = {
@@ -204,9 +221,16 @@ def test_import_brings_no_framework():
 def test_flops_count_what_a_step_multiplies():
     """By hand: weights of one layer and the head, thrice the forward, two operations each; attention's half square."""
     config = Config(
-        vocab_size=256, hidden_size=8, intermediate_size=16, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=4
+        vocab_size=256,
+        hidden_size=8,
+        intermediate_size=16,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=4,
+        layers=(Layer(), Layer(window=4), Layer()),
     )
     layer = 8 * 8 + 8 * 4 + 8 * 4 + 8 * 8 + 3 * 8 * 16
     pairs = sum(range(1, 11)) / 10  # keys that a query of a sequence of 10 sees
-    attention = 2 * (2 * 4) * pairs
-    assert config.flops_per_token(10) == 6 * (3 * (layer + attention) + 8 * 256)
+    windowed = (1 + 2 + 3 + 7 * 4) / 10
+    attention = 2 * (2 * 4) * (2 * pairs + windowed)
+    assert config.flops_per_token(10) == pytest.approx(6 * (3 * layer + attention + 8 * 256))

@@ -22,7 +22,7 @@ SHAPES: tuple[Shape, ...] = (
 
 OPS = tuple(dict.fromkeys(shape.op for shape in SHAPES))
 QUICK = (
-    "llama-3.2-1b", "llama-3-8b", "gpt-oss-20b", "llama-3-8b-paged", "llama-3-8b-down", "llama-3-8b-glu",
+    "llama-3-8b", "gpt-oss-20b", "llama-3-8b-paged", "llama-3-8b-down", "llama-3-8b-glu",
     "llama-3-8b-norm", "qwen3-30b-a3b-down",
     "llama-3-8b-gate-int4",
     "llama-3-8b-rotary", "llama-3-8b-head",

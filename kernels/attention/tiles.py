@@ -82,7 +82,8 @@ def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | N
 # By the width of a head on chip: (block_q, block_kv, num_warps, num_stages[, descriptors]) of the forward, dk/dv and dq
 # kernels. Large tiles, as long as the compiler spills no register, in both 16-bit types, causal or not; on sm_90 those
 # that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor.
-_GPU_TILES = {
+_Tables = dict[str, dict[int, tuple[tuple[int, ...], ...]]]
+_GPU_TILES: _Tables = {
     "sm_80": {
         64: ((128, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
         128: ((128, 64, 8, 3), (32, 64, 4, 2), (128, 32, 8, 2)),
@@ -135,7 +136,7 @@ _GPU_TILES = {
 
 # The same where expressions, planes, dropout, a window's left edge, lengths or packing need registers too. On AMD a
 # mask takes a pair of scalar registers for every score of a thread, and there are 106: narrow tiles have few.
-_GPU_TILES_OF_SCORES = {
+_GPU_TILES_OF_SCORES: _Tables = {
     "sm_80": {
         64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
         128: ((128, 32, 8, 2), (32, 64, 8, 2), (64, 64, 8, 2)),
@@ -163,12 +164,12 @@ _GPU_TILES_OF_SCORES = {
 
 
 # And where a mask of expressions, or dropout, needs still more.
-_GPU_TILES_OF_MASKS = {
+_GPU_TILES_OF_MASKS: _Tables = {
     "sm_90": {128: ((64, 64, 4, 3), (32, 64, 4, 3, 1), (64, 64, 4, 2, 1))},
     "gfx950": {128: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 8, 1))},
 }
 # And where a plane has a gradient.
-_GPU_TILES_OF_PLANES = {
+_GPU_TILES_OF_PLANES: _Tables = {
     "sm_90": dict.fromkeys((64, 128), ((64, 64, 4, 3), (32, 128, 8, 2), (128, 64, 8, 2))),
 }
 

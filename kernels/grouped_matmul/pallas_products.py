@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, contract, in_chunks
+from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, PRODUCTS_AT_ONCE, contract, in_chunks
 
-DEEP = 512  # how much of k one product takes
+# How much of k one product takes, by the columns of a matrix unit: each product begins and ends with units that wait.
+DEEP = {128: 1024, 256: 4096}
+DEEP_OF_PARTS = 512  # and of float32, in parts
 
 
 def add_product(
@@ -21,8 +23,9 @@ def add_product(
     begins: Any,
     columns: int,
     length: int,
+    rows: Any = slice(None),
 ) -> None:
-    """Add a product over the first `length` of k to the sums, or begin them; float32 operands come in parts.
+    """Add a product over the first `length` of k to those rows' sums, or begin them; float32 operands come in parts.
 
     The products of the lower parts have sums of their own: those of an infinity are NaN, and do not count. Numbers that
     bfloat16 has are one part.
@@ -31,17 +34,18 @@ def add_product(
 
     def add(total_ref: Any, pair: tuple[int, int], cols: Any, inner: Any, begins: Any) -> None:
         right = rights[pair[1]][cols, inner] if right_axis else rights[pair[1]][inner, cols]
-        product = contract(lefts[pair[0]][:, inner], right, (1, right_axis))
-        total_ref[:, cols] = product + jnp.where(begins & (inner.start == 0), 0, total_ref[:, cols])
+        product = contract(lefts[pair[0]][rows, inner], right, (1, right_axis))
+        total_ref[rows, cols] = product + jnp.where(begins & (inner.start == 0), 0, total_ref[rows, cols])
 
     # As many columns at a time as the matrix unit holds, and a loop for each pair of parts: a whole tile's products,
     # or those of all pairs, would not fit the registers.
     def add_all(total_ref: Any, pair: tuple[int, int], begins: Any) -> None:
         step = columns if low_ref is None else _even(sums_ref.shape[1], columns)
-        deep = _even(length, DEEP)
+        deep = _even(length, DEEP[columns] if low_ref is None else DEEP_OF_PARTS)
         in_chunks(
             sums_ref.shape[1], step,
             lambda cols: in_chunks(length, deep, lambda inner: add(total_ref, pair, cols, inner, begins)),
+            1 if low_ref is not None else PRODUCTS_AT_ONCE,
         )  # fmt: skip
 
     add_all(sums_ref, (0, 0), begins)

@@ -18,6 +18,7 @@ from ..tiles.pallas_tiles import (
     call_params,
     elementwise_piece,
     few_registers,
+    in_chunks,
     in_pieces,
     split_parts,
     whole_or_fit,
@@ -90,6 +91,7 @@ def rows(
             steps=steps,
             tail=k - (steps - 1) * block_k,
             columns=target.matrix_unit or LANES,
+            shared_rows=8 if target.interpreted else target.matrix_unit or LANES,
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -127,9 +129,13 @@ def _rows_kernel(
     steps: int,
     tail: int,
     columns: int,
+    shared_rows: int,
     piece: tuple[int, int],
 ) -> None:
     """One step along k of one visit of a tile [m, n].
+
+    A block that groups share is visited for each: only those of its pieces of `shared_rows` are multiplied that have
+    rows of the group.
 
     refs are lefts [m, k], rights [k, n] or turned [n, k], kept [2, m, n] or None, out [m, n], and scratch.
     """
@@ -139,6 +145,18 @@ def _rows_kernel(
     owned = group_ref[number] < groups
     first, end = first_ref[number], end_ref[number]
     block_m = out_ref.shape[0]
+    begin = tile_ref[number] * block_m
+    whole = (first <= begin) & (begin + block_m <= end)
+
+    def of_group(multiply: Any) -> None:
+        def if_any(rows: Any) -> None:
+            pl.when((begin + rows.start < end) & (begin + rows.start + rows.size > first))(lambda: multiply(rows=rows))
+
+        if shared_rows >= block_m:
+            multiply()
+        else:
+            pl.when(whole)(multiply)
+            pl.when(~whole)(lambda: in_chunks(block_m, shared_rows, if_any))
 
     @pl.when(owned & (first < end))
     def _multiply() -> None:
@@ -154,18 +172,18 @@ def _rows_kernel(
 
             multiply = partial(add_product, totals, parts, rights, 1 if turned else 0, begins, columns)
             if tail == left_refs[0].shape[1]:
-                multiply(tail)
+                of_group(partial(multiply, tail))
             else:
-                pl.when(step < steps - 1)(partial(multiply, left_refs[0].shape[1]))
-                pl.when(step == steps - 1)(partial(multiply, tail))
+                pl.when(step < steps - 1)(partial(of_group, partial(multiply, left_refs[0].shape[1])))
+                pl.when(step == steps - 1)(partial(of_group, partial(multiply, tail)))
 
     def finish(rows: Any, cols: Any) -> None:
         found = [jnp.where(owned, total(sums, lows, place, rows, cols), 0) for place in range(len(sums))]
-        row = tile_ref[number] * block_m + rows.start + lax.broadcasted_iota(jnp.int32, found[0].shape, 0)
-        of_group = (row >= first) & (row < end)
+        row = begin + rows.start + lax.broadcasted_iota(jnp.int32, found[0].shape, 0)
+        of_the_group = (row >= first) & (row < end)
 
         def put(ref: Any, value: jax.Array) -> None:
-            ref[...] = jnp.where(of_group, value, ref[...].astype(jnp.float32)).astype(ref.dtype)
+            ref[...] = jnp.where(of_the_group, value, ref[...].astype(jnp.float32)).astype(ref.dtype)
 
         put(out_ref.at[rows, cols], found[0] if activation is None else activate(activation, found[0]) * found[1])
         if kept_ref is not None:

@@ -69,5 +69,5 @@ def fit_rows(name: str, block: int, tokens: int, groups: int, target: Target) ->
     unit = 8 if target.interpreted else LANES
     if tokens <= unit:
         return tokens
-    quarter = -(-tokens // (4 * groups * unit)) * unit
+    quarter = -(-tokens // (2 * groups * unit)) * unit
     return fit_block(name, min(block, max(unit, quarter)), tokens, target)

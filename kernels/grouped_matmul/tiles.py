@@ -159,7 +159,7 @@ def choose_config(
 def _widened(
     config: GroupedMatmulConfig, spec: GroupedMatmulSpec, target: Target, sizes: GroupedMatmulSizes
 ) -> GroupedMatmulConfig:
-    """Tiles of one sum with twice the columns where the VMEM holds them: rows are then read half as often."""
+    """Tiles of one sum with two or four times the columns where the VMEM holds them: rows are then read less often."""
     gated = spec.activation is not None
     forward, dlhs = config.forward, config.dlhs
     if not gated:
@@ -169,9 +169,11 @@ def _widened(
 
 def _columns(tiles: GroupedMatmulTiles, target: Target, length: int, products: int) -> int:
     """Columns of a tile of 16-bit types that sums so many products over that length."""
-    wide, step = 2 * tiles.block_n, min(tiles.block_k, length)
-    needed = _tpu_bytes(tiles.block_m, wide, step, products, products)
-    return wide if needed <= vmem_budget(target) else tiles.block_n
+    step = min(tiles.block_k, length)
+    for wide in (4 * tiles.block_n, 2 * tiles.block_n):
+        if _tpu_bytes(tiles.block_m, wide, step, products, products) <= vmem_budget(target):
+            return wide
+    return tiles.block_n
 
 
 def _tpu_bytes(m: int, n: int, k: int, lefts: int, rights: int, results: int = 1, sums: int = 1) -> int:

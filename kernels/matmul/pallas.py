@@ -24,6 +24,7 @@ from ..tiles.pallas_epilogue import finish, gradients_of, piece_of
 from ..tiles.pallas_tiles import (
     LANES,
     LOW_PRODUCTS,
+    PRODUCTS_AT_ONCE,
     call_params,
     contract,
     in_chunks,
@@ -238,7 +239,7 @@ def _product_kernel(
                     add(low_ref, p, q, cols, first=index == 0)
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
-        in_chunks(out_ref.shape[1], columns, multiply_columns)
+        in_chunks(out_ref.shape[1], columns, multiply_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
 
     block_k = a_ref.shape[0 if transpose_a else 1]
     if tail == block_k:

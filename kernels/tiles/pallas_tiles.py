@@ -20,6 +20,7 @@ from .tpu_blocks import even_block, vmem_budget
 SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+PRODUCTS_AT_ONCE = 4  # of a loop over columns: between iterations the matrix unit runs empty. In parts each is many
 LOW_PRODUCTS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # of the parts of two float32, beside the leading (0, 0)
 
 _interpreter: ContextVar[Any] = ContextVar("interpreter", default=True)
@@ -144,8 +145,8 @@ def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
-    """Run the body on slices of that many rows or columns, and on what is left."""
+def in_chunks(size: int, chunk: int, body: Callable[[Any], None], at_once: int = 1) -> None:
+    """Run the body on slices of that many rows or columns, and on what is left; `at_once` are scheduled together."""
 
     def step(index: jax.Array, _: None) -> None:
         body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
@@ -153,7 +154,7 @@ def in_chunks(size: int, chunk: int, body: Callable[[Any], None]) -> None:
     if size // chunk == 1:
         body(pl.ds(0, chunk))
     elif size > chunk:
-        lax.fori_loop(0, size // chunk, step, None)
+        lax.fori_loop(0, size // chunk, step, None, unroll=at_once)
     if size % chunk:
         body(pl.ds(size // chunk * chunk, size % chunk))
 

@@ -2,11 +2,14 @@
 
 run.json              the settings that the losses depend on
 metrics.jsonl         a line a step, and one a measurement of the held-out loss
-step-000100/          a checkpoint in the Hugging Face layout, with optimizer.safetensors beside
+step-000100/          a checkpoint in the Hugging Face layout, with optimizer.safetensors and checksums.json beside
+
+A process may be killed at any moment: what was written last is then whole, or it does not count.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,6 +23,7 @@ from .config import Config
 
 _KEPT = 2  # checkpoints
 _PREFIX = "step-"
+_CHECKSUMS = "checksums.json"
 
 
 class Run:
@@ -40,7 +44,8 @@ class Run:
                 raise ValueError(f"resume: the run in {folder} has other settings: {told}")
         checkpoint.write_text(folder / "run.json", json.dumps(settings, indent=2) + "\n")
         self._metrics = folder / "metrics.jsonl"
-        lines = self._metrics.read_text("utf-8").splitlines() if self.last_step else []
+        text = self._metrics.read_text("utf-8") if self.last_step else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last line of a killed run may be a part of one
         self._kept = [line for line in lines if json.loads(line)["step"] <= self.last_step]
         checkpoint.write_text(self._metrics, "".join(line + "\n" for line in self._kept))
 
@@ -70,6 +75,8 @@ class Run:
         shutil.rmtree(part, ignore_errors=True)
         checkpoint.save(params, config, part)
         checkpoint.write_tensors(part / "optimizer.safetensors", optimizer_state)
+        sums = {file.name: _checksum(file) for file in sorted(part.iterdir())}
+        checkpoint.write_text(part / _CHECKSUMS, json.dumps(sums, indent=2) + "\n")
         shutil.rmtree(final, ignore_errors=True)
         os.replace(part, final)
         for old in _steps(self._folder)[:-_KEPT]:
@@ -77,8 +84,8 @@ class Run:
 
 
 def last_step(folder: Path) -> int:
-    """The step of the last checkpoint in a run's folder, 0 if there is none."""
-    return max(_steps(folder), default=0)
+    """The step of the last checkpoint in a run's folder whose files are those that were written, 0 if there is none."""
+    return next((step for step in reversed(_steps(folder)) if _is_whole(folder / f"{_PREFIX}{step:06d}")), 0)
 
 
 def last_checkpoint(folder: str | Path) -> Path:
@@ -87,6 +94,20 @@ def last_checkpoint(folder: str | Path) -> Path:
     if not step:
         raise FileNotFoundError(f"{folder}: has no checkpoint of a run; `crosstile train --out {folder}` makes one")
     return Path(folder) / f"{_PREFIX}{step:06d}"
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether every file that was written is there, as it was written."""
+    try:
+        sums = json.loads((checkpoint / _CHECKSUMS).read_text("utf-8"))
+        return all(_checksum(checkpoint / name) == wanted for name, wanted in sums.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _steps(folder: Path) -> list[int]:

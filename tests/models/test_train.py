@@ -104,6 +104,27 @@ def test_resumed_losses_equal_uninterrupted_ones(run, uninterrupted, framework, 
     assert again.finished
 
 
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_a_damaged_checkpoint_does_not_count(run, uninterrupted, tmp_path, often, damage):
+    with pytest.raises(Crash):
+        run("torch", out=tmp_path, on_step=crash_at(11))
+    file = last_checkpoint(tmp_path) / "optimizer.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] if damage == "cut" else data[:-1] + bytes([data[-1] ^ 1]))
+    if damage == "gone":
+        file.unlink()
+    assert last_step(tmp_path) == 5
+    assert run("torch", out=tmp_path, resume=True).losses == uninterrupted["torch"].losses
+
+
+def test_half_a_line_of_metrics_does_not_count(run, uninterrupted, tmp_path, often):
+    with pytest.raises(Crash):
+        run("torch", out=tmp_path, on_step=crash_at(8))
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 8, "lo')
+    assert run("torch", out=tmp_path, resume=True).losses == uninterrupted["torch"].losses
+
+
 def test_ctrl_c_finishes_the_step_and_saves(run, uninterrupted, tmp_path):
     handler = signal.getsignal(signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""`crosstile demo`: the main job, end to end, in some five minutes on two cores.
+"""`crosstile demo`: the main job, end to end, in some six minutes on two cores.
 
 A transformer trains on real text in torch and in JAX and writes a sample; every kernel is verified against NumPy, and
 compiled for ten chips that are not here; a report shows it all.

@@ -6,6 +6,7 @@ names their parameters lie. `UNSUPPORTED` says of others what is missing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import sqrt
 
 from .families_of_experts import FAMILIES_OF_EXPERTS
@@ -38,6 +39,18 @@ def of_gemma(values: Values, fields: Fields) -> Values:
     return {"embedding_scale": sqrt(values["hidden_size"])}
 
 
+COHERE = Family(
+    "CohereForCausalLM",
+    (
+        *ATTENTION_BIAS,
+        LAYER_NORM_EPS,
+        Field("logit_scale", "logit_scale", 0.0625),
+        Field("tie_word_embeddings", "tie_embeddings", True),
+    ),
+    facts={"norm": "layer", "parallel": "one norm"},
+    layers=Layers(interleaved=True),
+    fixed={"use_qk_norm": False},
+)
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", ATTENTION_BIAS + MLP_BIAS),
     "mistral": Family("MistralForCausalLM", layers=Layers(windows="all")),
@@ -167,28 +180,12 @@ FAMILIES: dict[str, Family] = {
             {"w_down": "mlp.c_proj.weight", "b_down": "mlp.c_proj.bias"},
         ),
     ),
-    "cohere": Family(
-        "CohereForCausalLM",
-        (
-            *ATTENTION_BIAS,
-            LAYER_NORM_EPS,
-            Field("logit_scale", "logit_scale", 0.0625),
-            Field("tie_word_embeddings", "tie_embeddings", True),
-        ),
-        facts={"norm": "layer", "parallel": "one norm"},
-        layers=Layers(interleaved=True),
-        fixed={"use_qk_norm": False},
-    ),
-    "cohere2": Family(
-        "Cohere2ForCausalLM",
-        (
-            *ATTENTION_BIAS,
-            LAYER_NORM_EPS,
-            Field("logit_scale", "logit_scale", 0.0625),
-            Field("tie_word_embeddings", "tie_embeddings", True),
-        ),
-        facts={"norm": "layer", "parallel": "one norm"},
+    "cohere": COHERE,
+    "cohere2": replace(
+        COHERE,
+        architecture="Cohere2ForCausalLM",
         layers=Layers(windows="typed", types=alternating(4), rotary="windowed", interleaved=True),
+        fixed={},
     ),
     "olmo2": Family(
         "Olmo2ForCausalLM",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import log, sqrt
 
 from crosstile.kernels.rotary.spec import YarnScaling
@@ -116,6 +117,18 @@ def to_minicpm(config: Config) -> Values:
         "dim_model_base": round((config.logit_scale or 1.0) * config.hidden_size),
     }
 
+
+DEEPSEEK_V3 = Family(
+    "DeepseekV3ForCausalLM",
+    (*LATENT_FIELDS, *DEEPSEEK_FIELDS, Field("norm_topk_prob", "experts.normalize", True)),
+    facts=SIGMOID,
+    layers=Layers(interleaved=True, experts="after"),
+    derive=of_deepseek,
+    beside=to_deepseek,
+    absent=("head_dim",),
+    fixed={"rope_interleave": True},
+    layer_names=named(LAYER, LATENT),
+)
 
 FAMILIES_OF_EXPERTS: dict[str, Family] = {
     "mixtral": Family(
@@ -268,38 +281,10 @@ FAMILIES_OF_EXPERTS: dict[str, Family] = {
         absent=("head_dim",),
         layer_names=named(LAYER, LATENT),
     ),
-    "deepseek_v3": Family(
-        "DeepseekV3ForCausalLM",
-        (*LATENT_FIELDS, *DEEPSEEK_FIELDS, Field("norm_topk_prob", "experts.normalize", True)),
-        facts=SIGMOID,
-        layers=Layers(interleaved=True, experts="after"),
-        derive=of_deepseek,
-        beside=to_deepseek,
-        absent=("head_dim",),
-        fixed={"rope_interleave": True},
-        layer_names=named(LAYER, LATENT),
-    ),
-    "sarvam_mla": Family(
-        "DeepseekV3ForCausalLM",
-        (*LATENT_FIELDS, *DEEPSEEK_FIELDS, Field("norm_topk_prob", "experts.normalize", True)),
-        facts=SIGMOID,
-        layers=Layers(interleaved=True, experts="after"),
-        derive=of_deepseek,
-        beside=to_deepseek,
-        absent=("head_dim",),
-        fixed={"rope_interleave": True},
-        layer_names=named(LAYER, LATENT),
-    ),
-    "glm4_moe_lite": Family(
-        "Glm4MoeLiteForCausalLM",
-        (*LATENT_FIELDS, *DEEPSEEK_FIELDS, Field("norm_topk_prob", "experts.normalize", True)),
-        facts=SIGMOID,
-        layers=Layers(interleaved=True, experts="typed"),
-        derive=of_deepseek,
-        beside=to_deepseek,
-        absent=("head_dim",),
-        fixed={"rope_interleave": True},
-        layer_names=named(LAYER, LATENT),
+    "deepseek_v3": DEEPSEEK_V3,
+    "sarvam_mla": DEEPSEEK_V3,
+    "glm4_moe_lite": replace(
+        DEEPSEEK_V3, architecture="Glm4MoeLiteForCausalLM", layers=Layers(interleaved=True, experts="typed")
     ),
     "minicpm3": Family(
         "MiniCPM3ForCausalLM",

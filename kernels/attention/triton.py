@@ -332,9 +332,7 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         "DESCRIPTORS": by_descriptors(tiles, given.planes, given.k, given.v),
     }
     grid = programs(q_len, tiles.block_q, q_heads, given)
-    how = tiles.num_warps, tiles.num_stages, spec.dtype
+    how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     reads = names_of(arrays, *(name for name in INPUTS if name not in ("dkv_runs", "dq_runs")))
-    launch = Launch(
-        _forward_kernel, grid, reads, ("out", "lse"), numbers, constants, *how, without_memory=by_addresses(constants)
-    )
+    launch = Launch(_forward_kernel, grid, reads, ("out", "lse"), numbers, constants, *how)
     return Plan((launch,), arrays, outputs)

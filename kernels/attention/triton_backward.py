@@ -68,35 +68,15 @@ def backward(
     grid = programs(kv_size, tiles.block_kv, kv_heads, given)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dk"], results["dv"])}
     constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, given.planes, q, k, v, dout)}
-    dkv = Launch(
-        dkv_kernel,
-        grid,
-        reads("dkv_runs"),
-        ("dk", "dv"),
-        {**numbers, "kv_heads": kv_heads},
-        constants,
-        tiles.num_warps,
-        tiles.num_stages,
-        spec.dtype,
-        by_addresses(constants),
-    )
+    how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
+    dkv = Launch(dkv_kernel, grid, reads("dkv_runs"), ("dk", "dv"), {**numbers, "kv_heads": kv_heads}, constants, *how)
 
     tiles = checked(config.dq, "dq")
     grid = programs(q_size, tiles.block_q, q_heads, given)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dq"])}
     constants |= {"RUNS": given.dq_runs is not None, "DESCRIPTORS": by_descriptors(tiles, given.planes, k, v)}
-    dq = Launch(
-        dq_kernel,
-        grid,
-        reads("dq_runs"),
-        ("dq",),
-        {**numbers, "q_heads": q_heads},
-        constants,
-        tiles.num_warps,
-        tiles.num_stages,
-        spec.dtype,
-        by_addresses(constants),
-    )
+    how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
+    dq = Launch(dq_kernel, grid, reads("dq_runs"), ("dq",), {**numbers, "q_heads": q_heads}, constants, *how)
     launches = [prepare, dkv, dq]
     if given.sinks is not None:
         launches.append(dsinks_launch(given))

@@ -11,7 +11,7 @@ from ..tiles.expressions import SCORE, const, derivative
 from ..tiles.launch import Array
 from ..tiles.philox import threshold
 from ..tiles.triton_expressions import constant, score_constant, slots
-from ..tiles.triton_tiles import head_columns, needs_wide_offsets, padded
+from ..tiles.triton_tiles import copies_apart, head_columns, needs_wide_offsets, padded
 from .spec import INPUTS, AttentionInputs, AttentionSpec
 from .tiles import AttentionTiles
 
@@ -112,7 +112,7 @@ def by_descriptors(tiles: AttentionTiles, planes: tuple[Array | None, ...], *wal
 
     def allows(array: Array) -> bool:
         batch, *between, column = (stride * ITEM_BYTES[array.dtype] for stride in array.strides)
-        apart = all(stride % 16 == 0 and 0 < stride < 2**40 for stride in between)
+        apart = all(map(copies_apart, between))
         whole = head_columns(array.shape[3]) == array.shape[3]
         return array.aligned and whole and column == ITEM_BYTES[array.dtype] and apart and batch % 16 == 0
 

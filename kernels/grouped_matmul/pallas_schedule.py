@@ -65,9 +65,9 @@ class Visits:
 
 
 def fit_rows(name: str, block: int, tokens: int, groups: int, target: Target) -> int:
-    """The rows of a block: no more than a quarter of a group on average, since a visit multiplies a whole block."""
+    """The rows of a block: no more than half a group on average, since many blocks are then of one group alone."""
     unit = 8 if target.interpreted else LANES
     if tokens <= unit:
         return tokens
-    quarter = -(-tokens // (2 * groups * unit)) * unit
-    return fit_block(name, min(block, max(unit, quarter)), tokens, target)
+    half = -(-tokens // (2 * groups * unit)) * unit
+    return fit_block(name, min(block, max(unit, half)), tokens, target)

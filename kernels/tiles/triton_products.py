@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .launch import Array
-from .triton_tiles import advance, needs_wide_offsets
+from .triton_tiles import advance, copies_apart, needs_wide_offsets
 
 EPILOGUE_COLS = tl.constexpr(32)  # of a wide tile are finished and stored at a time, for the sake of the registers
 
@@ -182,4 +182,4 @@ def turned(array: Array, item_bytes: int) -> bool:
 
 def _is_run(array: Array, axis: int, item_bytes: int) -> bool:
     apart = array.strides[3 - axis] * item_bytes
-    return array.strides[axis] == 1 and apart % 16 == 0 and 0 < apart < 2**40
+    return array.strides[axis] == 1 and copies_apart(apart)

@@ -45,6 +45,11 @@ def needs_wide_offsets(tiles: Iterable[tuple[int, int, int, int]]) -> bool:
     )
 
 
+def copies_apart(stride_bytes: int) -> bool:
+    """Whether the copy engine (TMA) can load runs that lie so far apart."""
+    return stride_bytes % 16 == 0 and 0 < stride_bytes < 2**40
+
+
 # Tiles in memory
 
 

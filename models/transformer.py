@@ -38,6 +38,9 @@ from .config import Config, Latent, Layer
 from .mlp import dense, mixture
 from .positions import turn
 from .shapes import is_matrix, shapes
+from .stacking import Run, is_stacked, scan
+
+IGNORED = -100  # a target that is not counted
 
 
 def init(config: Config, seed: int = 0, framework: str = "torch", dtype: str = "float32", device: Any = None) -> Tree:
@@ -86,19 +89,58 @@ def forward(params: Tree, tokens: Array, config: Config) -> Array:
     return logits(params, x, config)
 
 
-def loss(params: Tree, tokens: Array, config: Config) -> Array:
+def loss(
+    params: Tree,
+    tokens: Array,
+    config: Config,
+    *,
+    segments: Array | None = None,
+    z_loss: float = 0.0,
+    run: Run | None = None,
+) -> Array:
     """Mean cross-entropy in nats of tokens `[batch, seq + 1]`, each predicted from those before it.
 
-    With experts, `config.experts.loss` times what is least where every expert takes as many tokens is added.
+    Args:
+        params: the tree.
+        tokens: int `[batch, seq + 1]`.
+        config: of the model.
+        segments: int `[batch, seq + 1]`, the document of each token, which sees and is predicted from its own alone; 0
+            is padding, which nothing sees and nobody predicts. None is one document a row.
+        z_loss: the weight of the mean square of the logsumexp (PaLM, arXiv:2204.02311, section 5).
+        run: how a layer is run: see `last_layer`.
     """
-    x, routers = last_layer(params, tokens[:, :-1], config)
+    targets = cast(like(tokens[:, 1:], params["embedding"]), "int32")
+    if segments is not None:
+        xp, segments = namespace(params["embedding"]), like(segments, params["embedding"])
+        known = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+        targets, segments = xp.where(known, targets, IGNORED), segments[:, :-1]
+    return loss_of_targets(params, tokens[:, :-1], targets, config, segments=segments, z_loss=z_loss, run=run)
+
+
+def loss_of_targets(
+    params: Tree,
+    tokens: Array,
+    targets: Array,
+    config: Config,
+    *,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    z_loss: float = 0.0,
+    run: Run | None = None,
+) -> Array:
+    """The same of tokens and what follows each, int `[batch, seq]`; `IGNORED` is not counted.
+
+    With experts, `config.experts.loss` times what is least where every expert takes as many tokens is added. positions
+    int `[seq]` are those of the tokens, where they do not lie in their order.
+    """
+    x, routers = last_layer(params, tokens, config, positions=positions, segments=segments, run=run)
     hidden, head = before_logits(params, x, config)
     if "head_bias" in params:  # as one more input that is 1
         xp = namespace(x)
         hidden = xp.concatenate([hidden, xp.ones_like(hidden[..., :1])], -1)
         head = xp.concatenate([head, params["head_bias"][:, None]], -1)
-    targets = like(tokens[:, 1:], x)
-    result = crosstile.linear_cross_entropy(hidden, head, targets, softcap=config.logit_softcap)
+    options = {"ignore_index": IGNORED, "softcap": config.logit_softcap, "z_loss": z_loss}
+    result = crosstile.linear_cross_entropy(hidden, head, targets, **options)
     if not (routers and config.experts and config.experts.loss):
         return result
     chosen = namespace(x).concatenate(routers)
@@ -106,17 +148,39 @@ def loss(params: Tree, tokens: Array, config: Config) -> Array:
     return result + config.experts.loss * load_balancing_loss(chosen, experts)
 
 
-def last_layer(params: Tree, tokens: Array, config: Config) -> tuple[Array, list[Array]]:
-    """What the last layer writes, `[batch, seq, hidden]`, and the logits of each layer's router, if it has one."""
-    x, routers = embed(params, tokens, config), []
-    positions, long = arange(tokens.shape[1], x), config.is_long(tokens.shape[1])
+def last_layer(
+    params: Tree,
+    tokens: Array,
+    config: Config,
+    *,
+    positions: Array | None = None,
+    segments: Array | None = None,
+    run: Run | None = None,
+) -> tuple[Array, list[Array]]:
+    """What the last layer writes, `[batch, seq, hidden]`, and the logits of each layer's router, if it has one.
+
+    `run` is called in the place of `block`, with its arguments: to compute a layer again in the backward, to say where
+    its result lies, or as a module of torch. Layers of JAX may be stacked: see `stacking`.
+    """
+    x, routers, run = embed(params, tokens, config), [], run or block
+    positions = arange(tokens.shape[1], x) if positions is None else positions
+    long = config.is_long(tokens.shape[1])
+    if is_stacked(params["layers"], config):
+        return scan(run, params["layers"], x, config, positions, segments, long)
     for weights, layer in zip(params["layers"], config.layers, strict=True):
-        h = norm(weights, "attention_norm", x, config)
-        q, k, v = queries_keys_values(weights, layer, h, positions, long, config)
-        heads = crosstile.attention(q, k, v, **scores(weights, layer, config))
-        x, router = after_attention(weights, layer, x, h, heads, config)
+        x, router = run(weights, x, layer, config, positions, segments, long)
         routers += [] if router is None else [router]
     return x, routers
+
+
+def block(
+    weights: Tree, x: Array, layer: Layer, config: Config, positions: Array, segments: Array | None, long: bool
+) -> tuple[Array, Array | None]:
+    """One layer: what it makes of the stream x `[batch, seq, hidden]`, and its router's logits, if it has one."""
+    h = norm(weights, "attention_norm", x, config)
+    q, k, v = queries_keys_values(weights, layer, h, positions, long, config)
+    heads = crosstile.attention(q, k, v, segment_ids=segments, **scores(weights, layer, config))
+    return after_attention(weights, layer, x, h, heads, config)
 
 
 def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:

@@ -15,7 +15,7 @@ nox.options.sessions = ["lint", "types", "tests"]
 HERE = Path(__file__).parent
 HOME = HERE / ".nox" / "crosstile"
 PYTHON = HOME / ("Scripts" if os.name == "nt" else "bin") / "python"
-EXTRAS = ["torch", "jax", "triton", "tpu", "models", "transformers", "report", "dev"]
+EXTRAS = ["torch", "jax", "triton", "tpu", "models", "train", "transformers", "report", "dev"]
 TORCH_FOR_CPU = ["torch==2.13.0+cpu", "--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "2"]
 IN_PARALLEL = ["-n", "auto", "--dist", "worksteal"]  # a process a core; a few chosen tests start faster in one
 SETTINGS = {
@@ -111,6 +111,37 @@ def parity(session: nox.Session) -> None:
     """Compare every family of models with transformers, in NumPy, torch and JAX: nox -s parity -- llama gemma2."""
     prepare(session)
     python(session, "crosstile.models.parity", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def distributed(session: nox.Session) -> None:
+    """Compare models on 4 torch processes and on 8 devices of JAX with one device: nox -s distributed -- tensor."""
+    prepare(session)
+    for framework in ("torch", "jax"):
+        python(session, f"crosstile.models.parallel_check_{framework}", *session.posargs, OMP_NUM_THREADS="1")
+
+
+@nox.session(name="docker-lint", venv_backend="none")
+def docker_lint(session: nox.Session) -> None:
+    """Check docs/deploy: Dockerfiles, manifests and scripts."""
+    prepare(session)
+    for command in deploy_checks(HERE / "docs" / "deploy"):
+        session.run(str(PYTHON.parent / command[0]), *command[1:], external=True)
+
+
+def deploy_checks(folder: Path) -> list[list[str]]:
+    """The commands that check the files of such a folder."""
+
+    def files(pattern: str) -> list[str]:
+        return [str(path) for path in sorted(folder.glob(pattern))]
+
+    schema = HERE / "docs" / "deploy"
+    return [
+        ["hadolint", *files("Dockerfile.*")],
+        ["yamllint", "--strict", "-c", str(schema / "yamllint.yaml"), *files("*.yaml")],
+        ["check-jsonschema", "--schemafile", str(schema / "jobset.schema.json"), *files("jobset-*.yaml")],
+        ["shellcheck", *files("*.sh")],
+    ]
 
 
 @nox.session(venv_backend="none")

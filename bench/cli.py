@@ -470,13 +470,17 @@ def _stop(message: str) -> None:
     raise typer.Exit(UNABLE)
 
 
-def _register_models() -> None:
+def _register_others() -> None:
     from crosstile.models.cli import register
 
+    from . import models_cli, plan_cli
+
     register(app)
+    plan_cli.register(app)
+    models_cli.register(app)
 
 
-_register_models()
+_register_others()
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import environ
 from pathlib import Path
@@ -21,8 +22,10 @@ from typing import Any
 
 from .bundles import SOURCES, Program, read_bundles
 from .cores import CORES, PROGRAM_SECONDS, Core
-from .machine import Machine, Run
+from .dma import DeadlockError
+from .machine import Machine, MachineError, Run
 from .programs import Job
+from .scalars import ScalarError
 from .steering import Words
 from .tpu import environment
 
@@ -143,6 +146,20 @@ def predict_dump(
         given = waiting.get(re.sub(r"\.\d+$", "", match.group(2))) or (waiting.get("", []) if kernel else [])
         found.append(_predict_program(path, match.group(2), kernel, target, given.pop(0) if given else {}))
     return tuple(found)
+
+
+def cycles_of(folder: Path, target: str, names: Container[str]) -> dict[str, float]:
+    """Cycles of every program in a folder that is the compiler's own of one of these instructions, by its name.
+
+    Programs that exchange with other chips wait for what is not modelled; where one does not end it is left out.
+    """
+    found = {}
+    for path in sorted(folder.glob("*-final_bundles.txt")):
+        match = _NAME.fullmatch(path.name)
+        if match and match.group(2) in names and "schedule-analysis" not in path.name:
+            with suppress(MachineError, ScalarError, DeadlockError):
+                found[match.group(2)] = _predict_program(path, match.group(2), False, target, {}).cycles
+    return found
 
 
 def _predict_program(path: Path, name: str, kernel: bool, target: str, words: Words) -> Prediction:

@@ -1,7 +1,8 @@
 """How long the matrix units of a TPU core are at work in a stretch of bundles, and what the core loses to them.
 
 A unit takes in one row of the left side a cycle, or two where it is 256 wide, whatever the compiler thought: the
-schedule of a v5e issues products of 16 rows every 13 cycles, and the chip holds them back.
+schedule of a v5e issues products of 16 rows every 13 cycles, and the chip holds them back. A product of rows that the
+unit kept (`lmr`) is half a product: so says XLA's own program for a shape, which has two in the place of each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from .bundles import Program
 
-_PRODUCT = re.compile(r"vmatmul(?:\.(?:mubr|msk|low|high))*\.(\w+?)\b.*\.mxu(\d)")
+_PRODUCT = re.compile(r"vmatmul(?:\.(?:mubr|msk|low|high|(lmr)))*\.(\w+?)\b.*\.mxu(\d)")
 _ROWS = {"f32": 8, "bf16": 16, "f16": 16}  # of one register; 32 of dtypes of one byte
 _NARROW_ROWS = 32
 
@@ -37,7 +38,8 @@ class MatrixUnits:
         for bundle in program.bundles[first:end]:
             for instruction in bundle:
                 if instruction.op.startswith("vmatmul") and (match := _PRODUCT.match(instruction.op)):
-                    busy[match.group(2)] += self._cycles(match.group(1))
+                    kept, dtype, unit = match.groups()
+                    busy[unit] += self._cycles(dtype) / (2 if kept else 1)
         return busy
 
     def _cycles(self, dtype: str) -> float:

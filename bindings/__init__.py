@@ -25,6 +25,7 @@ from crosstile.ops import (
 from crosstile.paged import paged_attention
 from crosstile.quantization import Quantized, quantize
 from crosstile.routing import moe
+from crosstile.sharding import sharded
 
 __version__ = "0.1.0"
 
@@ -47,6 +48,7 @@ __all__ = [
     "quantize",
     "rms_norm",
     "rotary",
+    "sharded",
     "supports",
     "target",
     "use",

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import inf, isfinite, nan, prod
 from typing import Any
 
-from crosstile import arguments, dispatch
+from crosstile import arguments, dispatch, sharding
 from crosstile.arguments import dtype_name, show
 from crosstile.kernels.linear_cross_entropy.spec import (
     ELSEWHERE,
@@ -76,6 +76,8 @@ def linear_cross_entropy(
     >>> round(float(loss), 4), round(float(np.log(10)), 4)
     (2.3026, 2.3026)
     """
+    if dispatch.spreading():
+        return sharding.call(linear_cross_entropy, locals())
     options: dict[str, Any] = {"label_smoothing": label_smoothing, "z_loss": z_loss, "reduction": reduction}
     spec, arrays = prepare_linear_cross_entropy(
         hidden, weight, targets, ignore_index=ignore_index, softcap=softcap, **options

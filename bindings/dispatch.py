@@ -48,10 +48,11 @@ _PACKAGES = {
 
 
 class _Surroundings(threading.local):
-    """What `use` and `target` say in this thread. (torch.compile can trace a thread-local, not a ContextVar.)"""
+    """What `use`, `target` and `sharded` say in this thread. (torch.compile traces thread-locals, not ContextVars.)"""
 
     implementation: str | None = None
     target: Target | None = None
+    sharding: Any = None
 
 
 _surroundings = _Surroundings()
@@ -156,6 +157,22 @@ def target(name: str) -> Iterator[None]:
         yield
     finally:
         _surroundings.target = before
+
+
+@contextmanager
+def spread_over(sharding: Any) -> Iterator[None]:
+    """Run ops on many devices as that `Sharding` says, or with None on this one's arrays alone."""
+    before = _surroundings.sharding
+    _surroundings.sharding = sharding
+    try:
+        yield
+    finally:
+        _surroundings.sharding = before
+
+
+def spreading() -> Any:
+    """The `Sharding` of the innermost `sharded`, or None."""
+    return _surroundings.sharding
 
 
 def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:

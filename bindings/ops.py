@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from crosstile import arguments, dispatch, glu_arguments, grouped_arguments, norm_arguments, quantized_arguments
+from crosstile import (
+    arguments,
+    dispatch,
+    glu_arguments,
+    grouped_arguments,
+    norm_arguments,
+    quantized_arguments,
+    sharding,
+)
 from crosstile.quantization import Quantized
 
 
@@ -102,6 +110,8 @@ def attention(
     >>> out.shape, lse.shape
     ((1, 3, 4, 8), (1, 4, 3))
     """
+    if dispatch.spreading():
+        return sharding.call(attention, locals())
     beside = {
         "softcap": softcap,
         "bias": bias,
@@ -175,6 +185,8 @@ def varlen_attention(
     >>> out[:, 0, 0].tolist()
     [1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
     """
+    if dispatch.spreading():
+        return sharding.call(varlen_attention, locals())
     beside = {
         "softcap": softcap,
         "bias": bias,
@@ -235,6 +247,8 @@ def matmul(
     >>> matmul(a, b, bias=-6 * np.ones(5, np.float32), activation="relu", residual=np.ones(5, np.float32)).max()
     np.float32(1.0)
     """
+    if dispatch.spreading():
+        return sharding.call(matmul, locals())
     epilogue = {"bias": bias, "activation": activation, "residual": residual, "out_dtype": out_dtype}
     if isinstance(b, Quantized):
         of_codes, arrays = quantized_arguments.prepare_quantized_matmul(a, b, **epilogue, precision=precision)
@@ -278,6 +292,8 @@ def glu_matmul(
     >>> glu_matmul(x, w_gate, w_up, activation="relu")[0].tolist()
     [6.0, 6.0, 6.0, 0.0]
     """
+    if dispatch.spreading():
+        return sharding.call(glu_matmul, locals())
     spec, arrays = glu_arguments.prepare_glu_matmul(x, w_gate, w_up, activation=activation)
     return dispatch.run(dispatch.OPS["glu_matmul"], spec, arrays, implementation, config)[0]
 
@@ -321,6 +337,8 @@ def grouped_matmul(
     >>> grouped_matmul(lhs, rhs, np.array([1, 0, 2]))[:, 0].tolist()
     [1.0, 7.0, 7.0, 0.0]
     """
+    if dispatch.spreading():
+        return sharding.call(grouped_matmul, locals())
     spec, arrays = grouped_arguments.prepare_grouped_matmul(lhs, rhs, group_sizes)
     return dispatch.run(dispatch.OPS["grouped_matmul"], spec, arrays, implementation, config)[0]
 
@@ -362,6 +380,8 @@ def grouped_glu_matmul(
     >>> grouped_glu_matmul(x, w_gate, w_up, np.array([1, 1]), activation="relu")[:, 0].tolist()
     [2.0, 0.0, 0.0]
     """
+    if dispatch.spreading():
+        return sharding.call(grouped_glu_matmul, locals())
     spec, arrays = grouped_arguments.prepare_grouped_glu_matmul(x, w_gate, w_up, group_sizes, activation=activation)
     return dispatch.run(dispatch.OPS["grouped_matmul"], spec, arrays, implementation, config)[0]
 
@@ -405,6 +425,8 @@ def rms_norm(
     >>> y.round(4).tolist(), summed.tolist()
     ([[0.8485, 1.1314]], [[6.0, 8.0]])
     """
+    if dispatch.spreading():
+        return sharding.call(rms_norm, locals())
     spec, arrays = norm_arguments.prepare_rms_norm(x, weight, eps=eps, residual=residual, zero_centered=zero_centered)
     y, summed = dispatch.run(dispatch.OPS["norm"], spec, arrays, implementation, config)
     return y if residual is None else (y, summed.reshape(x.shape))
@@ -446,6 +468,8 @@ def layer_norm(
     >>> layer_norm(np.array([1.0, 3.0]), np.ones(2), np.array([5.0, 5.0]), eps=0.0).tolist()
     [4.0, 6.0]
     """
+    if dispatch.spreading():
+        return sharding.call(layer_norm, locals())
     spec, arrays = norm_arguments.prepare_layer_norm(x, weight, bias, eps=eps, residual=residual)
     y, summed = dispatch.run(dispatch.OPS["norm"], spec, arrays, implementation, config)
     return y if residual is None else (y, summed.reshape(x.shape))
@@ -495,6 +519,8 @@ def rotary(
     >>> rotary(x, np.array([1])).ravel().round(4).tolist()  # (cos 1, sin 1)
     [0.5403, 0.8415]
     """
+    if dispatch.spreading():
+        return sharding.call(rotary, locals())
     from crosstile.rotary_arguments import prepare_rotary  # which needs NumPy
 
     spec, arrays = prepare_rotary(

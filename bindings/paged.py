@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from crosstile import arguments, dispatch
+from crosstile import arguments, dispatch, sharding
 from crosstile.arguments import dtype_name, show
 from crosstile.kernels.paged_attention.spec import PAGE_SIZES, QUANTIZED, PagedAttentionInputs, PagedAttentionSpec
 
@@ -79,6 +79,8 @@ def paged_attention(
     >>> out.shape
     (2, 4, 8)
     """
+    if dispatch.spreading():
+        return sharding.call(paged_attention, locals())
     spec, arrays = prepare_paged_attention(
         q, k_pages, v_pages, page_table, lengths, q_lengths=q_lengths, k_scales=k_scales, v_scales=v_scales,
         causal=causal, window=window, scale=scale, softcap=softcap, sinks=sinks, return_lse=return_lse,

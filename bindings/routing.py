@@ -247,16 +247,28 @@ def moe(
     >>> moe(x, router, np.ones((5, 4, 6)), np.ones((5, 4, 6)), np.ones((5, 6, 4)), top_k=2).shape
     (2, 3, 4)
     """
-    tokens = x.reshape(prod(x.shape[:-1]), x.shape[-1])
     kind = "float64" if dtype_name(x.dtype) == "float64" else "float32"
+    tokens = x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+    def choose(logits: Any, bias: Any) -> tuple[Any, Any]:
+        return route(logits, top_k, score=score, normalize=normalize, bias=bias, scale=scale)
+
+    def products(weights: Any, rows: Any, sizes: Any, owners: Any = None) -> Any:
+        pair, options = (weights["w_gate"], weights["w_up"]), {"implementation": implementation}
+        gated = ops.grouped_glu_matmul(rows, *pair, sizes, activation=activation, **options)
+        return ops.grouped_matmul(gated, weights["w_down"], sizes, **options)
+
+    weights = {"w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    if (sharding := dispatch.spreading()) and dispatch.framework_of(("x",), (x,)) == "jax":
+        from crosstile.sharding_experts import experts as spread
+
+        logits = ops.matmul(x, router, out_dtype=kind)
+        out = spread(sharding, choose, products, x, logits, weights, bias)
+        return (out, logits.reshape(tokens.shape[0], -1)) if return_logits else out
     logits = ops.matmul(tokens, router, out_dtype=kind, implementation=implementation)
-    weights, experts = route(logits, top_k, score=score, normalize=normalize, bias=bias, scale=scale)
+    shares, experts = choose(logits, bias)
     rows, group_sizes, places = permute(tokens, experts, router.shape[1])
-    gated = ops.grouped_glu_matmul(
-        rows, w_gate, w_up, group_sizes, activation=activation, implementation=implementation
-    )
-    rows = ops.grouped_matmul(gated, w_down, group_sizes, implementation=implementation)
-    out = unpermute(rows, weights, places).reshape(x.shape)
+    out = unpermute(products(weights, rows, group_sizes), shares, places).reshape(x.shape)
     return (out, logits) if return_logits else out
 
 

@@ -51,6 +51,7 @@ class Scores:
     weight: Expression | None = None
     planes: list[Any] = field(default_factory=list)
     gradients: tuple[int, ...] = ()
+    _found: dict[Expression, Expression] = field(default_factory=dict)  # the plane of each look-up
 
     def __post_init__(self) -> None:
         self.glue = dispatch.glue(self.framework)
@@ -154,9 +155,11 @@ class Scores:
 
     def _lowered(self, expression: Expression, argument: str) -> Expression:
         """The expression with its look-ups evaluated into planes."""
-        found: dict[Expression, Expression] = {}
-        arrays: dict[Expression, Any] = {}
+        found = self._found
+        arrays = {slot: self.planes[slot[1]] for slot in found.values()}
         for load in mods.loads(expression):
+            if load in found:
+                continue
             captured, indices = load[1], [_replaced(index, found) for index in load[2:]]
             if any(SCORE in leaves(index) for index in indices):
                 raise ValueError(f"{argument}: an array is indexed by the score; it can be by b, h, i and j")

@@ -158,6 +158,8 @@ def obstacles(implementation: str, target: Target, arrays: tuple[Any, ...]) -> t
     device = arrays[0].device.type
     if implementation in ("numpy", "library"):
         return ()
+    if any(type(array).__name__ == "DTensor" for array in arrays):
+        return ("the tensors are DTensors: call it inside `with crosstile.sharded(mesh)`",)
     if not target.interpreted and device == "cpu":
         return (
             f"the tensors are on this CPU and cannot run on {target.name}: leave crosstile.target, "

@@ -1,4 +1,4 @@
-"""`crosstile train` and `crosstile generate`."""
+"""`crosstile train`, `crosstile export` and `crosstile generate`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import typer
 from crosstile.quantization import Quantized
 
 from .arrays import tree_leaves
-from .checkpoint import load
+from .checkpoint import WEIGHTS, load
 from .config import Config
 from .data import VOCAB_SIZE
 from .generate import stream
-from .run import last_checkpoint, last_step
+from .processes import is_first, leave
+from .recipe import read_recipe
+from .run import export, last_checkpoint, last_step
 from .tokenizer import BYTES, Tokenizer, load_tokenizer
-from .train import BATCH, LEARNING_RATE, SEQ, STEPS, Result, train
+from .train import Result, train
 
 
 class Framework(StrEnum):
@@ -35,44 +37,68 @@ def register(app: typer.Typer) -> None:
     """Add the commands to an application."""
     app.command("train")(train_command)
     app.command("generate")(generate_command)
+    app.command("export")(export_command)
 
 
 def train_command(
-    framework: Annotated[Framework, typer.Option(help="torch or jax.")] = Framework.torch,
-    out: Annotated[Path, typer.Option(help="Folder of the run: metrics and checkpoints.")] = Path("runs/demo"),
+    config: Annotated[Path | None, typer.Option(help="A recipe: see docs/train.toml. Default: the demo's.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="section.key=value in the place of the recipe's.")
+    ] = None,
+    framework: Annotated[Framework | None, typer.Option(help="torch or jax.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run. Default: runs/ and the recipe's name, or runs/demo.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, or begin it.")] = False,
-    steps: Annotated[int, typer.Option(help="Of the whole schedule.")] = STEPS,
+    steps: Annotated[int | None, typer.Option(help="Of the whole schedule.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Stop earlier, once this time is used up.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = BATCH,
-    seq: Annotated[int, typer.Option(help="Bytes a sequence.")] = SEQ,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr", help="Its peak.")] = LEARNING_RATE,
-    seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
+    batch: Annotated[int | None, typer.Option(help="Rows a step.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Its peak.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the weights and the batches.")] = None,
+    profile: Annotated[bool, typer.Option("--profile", help="Record some steps into the run's profile/.")] = False,
 ) -> None:
-    """Train the demo transformer on the sources of Python's standard library."""
-    config = Config.demo()
-    typer.echo(f"{config.num_params:,} parameters, {batch} x {seq} bytes a step, {steps} steps, in {framework.value}")
+    """Train a transformer by a recipe; without one the demo, on the sources of Python's standard library."""
+    folder = out or Path("runs") / (config.stem if config else "demo")
+    flags: dict[str, Any] = {"framework": framework and framework.value, "steps": steps, "seed": seed}
+    flags |= {"data.batch": batch, "data.seq": seq, "optimizer.learning_rate": learning_rate}
+    given = [f"{name}={value}" for name, value in flags.items() if value is not None]
     try:
-        result = train(
-            config,
-            framework.value,
-            steps=steps,
-            seconds=seconds,
-            batch=batch,
-            seq=seq,
-            learning_rate=learning_rate,
-            seed=seed,
-            out=out,
-            resume=resume,
+        recipe = read_recipe(config, [*(changes or []), *given])
+        model = recipe.model.read()
+        rows, tokens = recipe.data.batch, recipe.data.seq
+        typer.echo(
+            f"{model.num_params:,} parameters, {rows} x {tokens} tokens a step, {recipe.steps} steps, "
+            f"in {recipe.framework}"
         )
+        result = train(model, recipe=recipe, seconds=seconds, out=folder, resume=resume, profile=profile)
     except KeyboardInterrupt:
-        typer.echo(f"Stopped after step {last_step(out)}. The same command with --resume goes on.", err=True)
+        typer.echo(f"Stopped after step {last_step(folder)}. The same command with --resume goes on.", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, ImportError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise typer.BadParameter(str(error)) from None
+    first = is_first(recipe.framework)
+    leave(recipe.framework)
+    if not first:
+        return
     report(result)
     if not result.finished:
-        typer.echo(f"Step {len(result.losses)} of {steps}: the same command with --resume goes on.")
-    typer.echo(f"Checkpoint: {last_checkpoint(out)}")
+        typer.echo(f"Step {len(result.losses)} of {recipe.steps}: the same command with --resume goes on.")
+    if profile:
+        typer.echo(f"Profile: {folder / 'profile'}, for https://ui.perfetto.dev")
+    typer.echo(f"Checkpoint: {last_checkpoint(folder)}")
+
+
+def export_command(
+    to: Annotated[Path, typer.Argument(help="Folder to write, in the Hugging Face layout.")],
+    out: Annotated[Path, typer.Option(help="Folder of a run.")] = Path("runs/demo"),
+) -> None:
+    """Write the weights of a run's last checkpoint where `crosstile generate --model` and transformers read them."""
+    try:
+        source = export(out, to)
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from None
+    typer.echo(f"{source} -> {to}")
 
 
 def report(result: Result) -> None:
@@ -81,7 +107,7 @@ def report(result: Result) -> None:
     if result.tokens_per_second:
         typer.echo(
             f"Speed: {result.tokens_per_second:,.0f} token/s, MFU {result.mfu:.0%} of the "
-            f"{result.peak_flops / 1e9:,.0f} GFLOP/s that a float32 matmul of {result.framework} reached here"
+            f"{result.peak_flops / 1e9:,.0f} GFLOP/s that a matmul of {result.framework} reached here"
         )
 
 
@@ -102,6 +128,10 @@ def generate_command(
     trained_in = json.loads(run.read_text("utf-8"))["framework"] if run.is_file() else "torch"
     try:
         folder = where if model is not None or (where / "config.json").is_file() else last_checkpoint(where)
+        if run.is_file() and not (folder / WEIGHTS).is_file():
+            raise ValueError(
+                f"{folder}: has a state and no weights; `crosstile export --out {where} FOLDER` writes them"
+            )
         params, config = load(folder, framework.value if framework else trained_in, dtype, quantize=quantize)
         tokenizer = load_tokenizer(folder)
         if tokenizer is BYTES and config.vocab_size != VOCAB_SIZE:

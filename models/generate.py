@@ -30,6 +30,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    compile: bool = False,
 ) -> Array:
     """Continue a prompt.
 
@@ -41,6 +42,7 @@ def generate(
         temperature: 0 takes the likeliest token (the lowest id of equals), else tokens are drawn from
             `softmax(logits / temperature)`.
         seed: of the drawing; the same seed draws the same tokens.
+        compile: whether torch compiles the step that appends a token, once for all lengths; JAX always does.
 
     Returns:
         int32 `[batch, length + max_new_tokens]`, or without `batch` as the prompt was.
@@ -51,13 +53,19 @@ def generate(
     tokens = np.asarray(prompt if isinstance(prompt, list | tuple) else to_numpy(prompt))
     _check(tokens, config, max_new_tokens, temperature)
     rows = tokens.astype(np.int32).reshape(-1, tokens.shape[-1])
-    new = list(stream(params, config, rows, max_new_tokens, temperature, seed))
+    new = list(stream(params, config, rows, max_new_tokens, temperature, seed, compile))
     whole = np.concatenate([rows, *(column[:, None] for column in new)], axis=1)
     return like(whole.reshape(*tokens.shape[:-1], -1), params["embedding"])
 
 
 def stream(
-    params: Tree, config: Config, prompt: np.ndarray, max_new_tokens: int, temperature: float = 0.0, seed: int = 0
+    params: Tree,
+    config: Config,
+    prompt: np.ndarray,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    compile: bool = False,
 ) -> Iterator[np.ndarray]:
     """The new tokens of `generate`, int32 `[batch]` at a time; prompt int32 `[batch, length]`."""
     if not max_new_tokens:
@@ -78,7 +86,7 @@ def stream(
                 logits, cache = _read(params, config, tokens, end)
                 continue
             step = like(chosen[:, None], params["embedding"])
-            out, cache = _runner(params, config, long)(params, step, cache, position)
+            out, cache = _runner(params, config, long, compile)(params, step, cache, position)
             logits = out[:, 0]
 
 
@@ -101,13 +109,15 @@ def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> 
     return logits.argmax(axis=-1).astype(np.int32)
 
 
-def _runner(params: Tree, config: Config, long: bool) -> _Extend:
-    """`extend` of that config, compiled in JAX."""
+def _runner(params: Tree, config: Config, long: bool, compile: bool = False) -> _Extend:
+    """`extend` of that config, compiled in JAX, and in torch where that is asked for."""
     embedding = params["embedding"]
-    if framework_of(embedding) != "jax":
+    framework = framework_of(embedding)
+    if framework != "jax" and not (compile and framework == "torch"):
         return lambda params, tokens, cache, position: extend(params, tokens, config, cache, position, long)
     choice = crosstile.explain("matmul", embedding[:1], embedding[:1].T).choice
-    return _compiled(config, long, (choice.implementation, choice.target.name))
+    made = _compiled if framework == "jax" else _compiled_in_torch
+    return made(config, long, (choice.implementation, choice.target.name))
 
 
 @lru_cache(maxsize=8)
@@ -120,6 +130,17 @@ def _compiled(config: Config, long: bool, _surroundings: tuple[str | None, str])
         return extend(params, tokens, config, cache, start, long)
 
     return jax.jit(run, donate_argnums=2)
+
+
+@lru_cache(maxsize=8)
+def _compiled_in_torch(config: Config, long: bool, _surroundings: tuple[str | None, str]) -> _Extend:
+    """The same; the position is a number that the program does not know, so that one serves all lengths."""
+    import torch
+
+    def run(params: Tree, tokens: Array, cache: Tree, position: int) -> tuple[Array, Tree]:
+        return extend(params, tokens, config, cache, position, long)
+
+    return torch.compile(run, dynamic=True)  # type: ignore[no-any-return]
 
 
 def _inference(params: Tree) -> AbstractContextManager[Any]:

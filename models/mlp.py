@@ -5,6 +5,7 @@ The experts stand on crosstile's grouped products; around them are the ways in w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import crosstile
@@ -12,6 +13,8 @@ from crosstile.routing import permute, route, unpermute
 
 from .arrays import Array, Tree, arange, cast, dtype_name, namespace, pick, sigmoid, softmax, take, top_k
 from .config import Config, Experts
+
+Mixture = Callable[..., tuple[Array, Array]]  # `mixture`, or what is called in its place with its arguments
 
 
 def dense(weights: Tree, h: Array, config: Config, residual: Array | None = None, start: str = "") -> Array:
@@ -45,22 +48,26 @@ def mixture(weights: Tree, h: Array, config: Config, experts: Experts) -> tuple[
     logits = crosstile.matmul(tokens, weights["router"], bias=weights.get("router_bias"), out_dtype="float32")
     shares, chosen = choose(logits, weights.get("correction_bias"), experts)
     rows, sizes, places = permute(tokens, chosen, experts.count)
+    rows = of_experts(weights, rows, sizes, chosen.reshape(-1)[places.order], config, experts)
+    out = unpermute(rows, shares, places).reshape(h.shape)
+    if experts.shared_size:
+        out = out + shared(weights, h, config, experts)
+    return out, logits
+
+
+def of_experts(weights: Tree, rows: Array, sizes: Array, owners: Array, config: Config, experts: Experts) -> Array:
+    """What experts make of their rows `[rows, hidden]`: `sizes` of each, and `owners` their numbers, row by row."""
 
     def product(x: Array, name: str) -> Array:
         out = crosstile.grouped_matmul(x, weights[f"w_{name}"], sizes)
-        if not experts.bias:
-            return out
-        return out + take(weights[f"b_{name}"], chosen.reshape(-1)[places.order])
+        return out + take(weights[f"b_{name}"], owners) if experts.bias else out
 
     if experts.gate == "clamped":
         gated = clamped_gate(product(rows, "gate"), product(rows, "up"), experts)
     else:
         pair = weights["w_gate"], weights["w_up"]
         gated = crosstile.grouped_glu_matmul(rows, *pair, sizes, activation=config.activation)
-    out = unpermute(product(gated, "down"), shares, places).reshape(h.shape)
-    if experts.shared_size:
-        out = out + shared(weights, h, config, experts)
-    return out, logits
+    return product(gated, "down")
 
 
 def clamped_gate(gate: Array, up: Array, experts: Experts) -> Array:

@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "sequence": ("context",),
     "embed": ("fsdp", "context"),
+    "looked_up": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "inner": ("tensor",),
@@ -37,7 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 _Logical = tuple[str | None, ...]
 PARAMETERS: dict[str, _Logical] = {
-    "embedding": ("vocab", "embed"),
+    "embedding": ("vocab", "looked_up"),
     "head": ("embed", "vocab"),
     "head_bias": ("vocab",),
     "wq": ("embed", "heads"),

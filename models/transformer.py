@@ -35,7 +35,7 @@ from .arrays import (
     write,
 )
 from .config import Config, Latent, Layer
-from .mlp import dense, mixture
+from .mlp import Mixture, dense, mixture
 from .positions import turn
 from .shapes import is_matrix, shapes
 from .stacking import Run, is_stacked, scan
@@ -139,7 +139,7 @@ def loss_of_targets(
         xp = namespace(x)
         hidden = xp.concatenate([hidden, xp.ones_like(hidden[..., :1])], -1)
         head = xp.concatenate([head, params["head_bias"][:, None]], -1)
-    options = {"ignore_index": IGNORED, "softcap": config.logit_softcap, "z_loss": z_loss}
+    options: dict[str, Any] = {"ignore_index": IGNORED, "softcap": config.logit_softcap, "z_loss": z_loss}
     result = crosstile.linear_cross_entropy(hidden, head, targets, **options)
     if not (routers and config.experts and config.experts.loss):
         return result
@@ -174,13 +174,20 @@ def last_layer(
 
 
 def block(
-    weights: Tree, x: Array, layer: Layer, config: Config, positions: Array, segments: Array | None, long: bool
+    weights: Tree,
+    x: Array,
+    layer: Layer,
+    config: Config,
+    positions: Array,
+    segments: Array | None,
+    long: bool,
+    experts: Mixture = mixture,
 ) -> tuple[Array, Array | None]:
     """One layer: what it makes of the stream x `[batch, seq, hidden]`, and its router's logits, if it has one."""
     h = norm(weights, "attention_norm", x, config)
     q, k, v = queries_keys_values(weights, layer, h, positions, long, config)
     heads = crosstile.attention(q, k, v, segment_ids=segments, **scores(weights, layer, config))
-    return after_attention(weights, layer, x, h, heads, config)
+    return after_attention(weights, layer, x, h, heads, config, experts)
 
 
 def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:
@@ -198,12 +205,12 @@ def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:
 
 
 def extend(
-    params: Tree, tokens: Array, config: Config, cache: Tree, position: Any, long: bool = False
+    params: Tree, tokens: Array, config: Config, cache: Tree, position: Any, long: bool = False, last: bool = False
 ) -> tuple[Array, Tree]:
     """Append tokens `[batch, length]` at `position`: the logits after each, and the cache with their keys and values.
 
     `position` is an int, or a traced scalar of JAX when length is 1. Positions before it must have been written;
-    NumPy and torch write the cache in place. `long` is `config.is_long` of the whole.
+    NumPy and torch write the cache in place. `long` is `config.is_long` of the whole. `last`: only the last logits.
     """
     x = embed(params, tokens, config)
     positions = arange(tokens.shape[1], x) + position
@@ -215,7 +222,7 @@ def extend(
         heads = attend_cached(q, past["k"], past["v"], position, scores(weights, layer, config))
         x, _ = after_attention(weights, layer, x, h, heads, config)
         extended.append(past)
-    return logits(params, x, config), extended
+    return logits(params, x[:, -1:] if last else x, config), extended
 
 
 def attend_cached(q: Array, k: Array, v: Array, position: Any, options: dict[str, Any]) -> Array:
@@ -292,7 +299,7 @@ def scores(weights: Tree, layer: Layer, config: Config) -> dict[str, Any]:
 
 
 def after_attention(
-    weights: Tree, layer: Layer, x: Array, h: Array, heads: Array, config: Config
+    weights: Tree, layer: Layer, x: Array, h: Array, heads: Array, config: Config, experts: Mixture = mixture
 ) -> tuple[Array, Array | None]:
     """The stream x with `heads @ wo` added, and then the MLP's result; and the router's logits, if it has one."""
     plain = not config.post_norm and config.residual_scale is None
@@ -302,7 +309,7 @@ def after_attention(
     if config.parallel != "one norm":
         h = norm(weights, "mlp_norm", x if config.parallel else y, config)
     if layer.experts and config.experts:
-        out, router = mixture(weights, h, config, config.experts)
+        out, router = experts(weights, h, config, config.experts)
         return added(y, out, weights, "post_mlp_norm", config), router
     out = dense(weights, h, config, residual=y if plain else None)
     return (out if plain else added(y, out, weights, "post_mlp_norm", config)), None

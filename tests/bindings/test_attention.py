@@ -219,7 +219,7 @@ def test_compile_without_a_graph_break(kernel):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("kernel", ["numpy", "triton", "pallas"])
+@pytest.mark.parametrize("kernel", ["numpy", "pallas", pytest.param("triton", marks=pytest.mark.sweep)])
 def test_vmap_of_torch_lets_the_batch_grow(kernel):
     stacked = tuple(torch.stack([leaf.detach(), 2 * leaf.detach(), -leaf.detach()]) for leaf in torch_leaves())
     gradient = torch.func.grad(lambda *args: everything(torch, args, kernel), tuple(range(6)))

@@ -50,7 +50,9 @@ def test_the_loss_is_that_of_transformers(theirs, folder, tokens, framework):
         assert abs(entropy.item() - whole) > 0.5
 
 
-@pytest.mark.parametrize(("framework", "kernel"), [("torch", "triton"), ("jax", "pallas")])
+@pytest.mark.parametrize(
+    ("framework", "kernel"), [("torch", "triton"), pytest.param("jax", "pallas", marks=pytest.mark.sweep)]
+)
 def test_any_kernel_can_run_the_experts(folder, tokens, framework, kernel):
     params, config = load(folder, framework)
     ours = like(tokens[:1, :5], params["embedding"])

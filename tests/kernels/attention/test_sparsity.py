@@ -118,9 +118,17 @@ def test_hidden_tiles_of_queries_are_not_read(kernel):
         assert not torch.isfinite(gradient).all()
 
 
-@KERNELS
+CAUSAL, WINDOW = ({"causal": True}, True), ({"window": (30, 12)}, False)
+
+
 @pytest.mark.parametrize(
-    ("changes", "lengths"), [({"causal": True}, True), ({"window": (30, 12)}, False)], ids=["causal", "window"]
+    ("kernel", "changes", "lengths"),
+    [
+        pytest.param("triton", *CAUSAL, id="causal-triton"),
+        pytest.param("pallas", *WINDOW, id="window-pallas"),
+        pytest.param("triton", *WINDOW, id="window-triton", marks=pytest.mark.sweep),
+        pytest.param("pallas", *CAUSAL, id="causal-pallas", marks=pytest.mark.sweep),
+    ],
 )
 def test_a_run_does_not_change_the_result(kernel, changes, lengths, monkeypatch):
     """With runs and without, every score is computed alike, if in other tiles."""

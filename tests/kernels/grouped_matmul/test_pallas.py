@@ -160,7 +160,7 @@ def test_sizes_that_cannot_be_touch_nothing_else():
 def test_the_list_of_visits():
     """Each row is visited once for its group, the visits of a block follow each other, and there is room for all."""
     rng = np.random.default_rng(0)
-    for _ in range(30):
+    for _ in range(10):
         tokens, groups, block = (int(rng.integers(*bounds)) for bounds in ((1, 90), (1, 9), (1, 40)))
         sizes = rng.multinomial(rng.integers(0, tokens + 1), np.ones(groups) / groups).astype(np.int32)
         for every in (False, True):

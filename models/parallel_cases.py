@@ -1,0 +1,96 @@
+"""Small models for checks on many devices, and how far such a model may be from the one on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .config import Config, Experts, Latent, Layer
+
+ROUNDINGS = 8  # of the precision, which an error may have beside twice that of one device
+SMALL = Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    layers=(Layer(), Layer(window=5)),
+    max_seq_len=64,
+)
+MIXTRAL = replace(SMALL, layers=(Layer(experts=True),) * 2, experts=Experts(4, 2, 24, loss=0.1))
+SHARED = replace(
+    MIXTRAL,
+    experts=Experts(4, 2, 24, shared_size=16, shared_gate=True, score="sigmoid", correction=True, scale=2.0, loss=0.1),
+)
+GPT_OSS = replace(
+    SMALL,
+    layers=(Layer(experts=True), Layer(window=5, experts=True)),
+    experts=Experts(4, 2, 24, bias=True, router_bias=True, gate="clamped"),
+    sinks=True,
+    qkv_bias=True,
+    out_bias=True,
+)
+DEEPSEEK = replace(
+    SMALL, latent=Latent(q_rank=12, kv_rank=16, nope_dim=4, rope_dim=4, v_dim=6), num_kv_heads=4, layers=(Layer(),) * 2
+)
+GEMMA = replace(
+    SMALL,
+    softcap=20.0,
+    logit_softcap=30.0,
+    post_norm=True,
+    zero_centered_norms=True,
+    embedding_scale=4.0,
+    tie_embeddings=True,
+    qk_norm="head",
+)
+
+
+@dataclass(frozen=True)
+class Error:
+    """How far something is from float64: on many devices, on one, and how far it may be."""
+
+    many: float
+    one: float
+    allowed: float
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is near enough; NaN is not."""
+        return self.many <= self.allowed
+
+
+def error(many: float, one: float, rounding: float) -> Error:
+    """By the two-times rule."""
+    return Error(many, one, 2 * one + ROUNDINGS * rounding)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a row showed: the error of each of "loss", "gradients" and "stepped"."""
+
+    row: str
+    errors: dict[str, Error]
+
+    @property
+    def passes(self) -> bool:
+        """Whether all of it does."""
+        return all(error.passes for error in self.errors.values())
+
+
+def show(outcomes: Sequence[Outcome], devices: int) -> int:
+    """Print them as a table, of each the error over that of one device; 1 if one fails, else 0."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("form", "loss", "gradients", "a step", title=f"error on {devices} devices / on one, against float64")
+    for outcome in outcomes:
+        cells = [
+            f"[{'green' if error.passes else 'red'}]{error.many:.1e} / {error.one:.1e}[/]"
+            for error in outcome.errors.values()
+        ]
+        table.add_row(outcome.row, *cells)
+    Console(width=120).print(table)
+    red = [outcome.row for outcome in outcomes if not outcome.passes]
+    print(f"{len(outcomes) - len(red)} of {len(outcomes)} rows pass" + (f"; not: {', '.join(red)}" if red else ""))
+    return 1 if red else 0

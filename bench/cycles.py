@@ -149,22 +149,29 @@ def predict_dump(
 
 
 def cycles_of(folder: Path, target: str, names: Container[str]) -> dict[str, float]:
-    """Cycles of every program in a folder that is the compiler's own of one of these instructions, by its name.
+    """Cycles of every program in a folder that the compiler made of one of these instructions, by its name.
 
-    Programs that exchange with other chips wait for what is not modelled; where one does not end it is left out.
+    Of a program that exchanges with other chips these are its own: it waits for none of them. A program that cannot be
+    run is left out.
     """
-    found = {}
+    found, core = {}, CORES[target]
     for path in sorted(folder.glob("*-final_bundles.txt")):
         match = _NAME.fullmatch(path.name)
-        if match and match.group(2) in names and "schedule-analysis" not in path.name:
-            with suppress(MachineError, ScalarError, DeadlockError):
-                found[match.group(2)] = _predict_program(path, match.group(2), False, target, {}).cycles
+        if match is None or match.group(2) not in names or "schedule-analysis" in path.name:
+            continue
+        with suppress(MachineError, ScalarError, DeadlockError):
+            machine = _machine(core, read_bundles(path))
+            found[match.group(2)] = machine.run(core.memory(_alone(machine, core, {})), {}, neighbours=True).cycles
     return found
+
+
+def _machine(core: Core, program: Program) -> Machine:
+    return Machine(program, core.delay, lambda first, end: core.matrix.stalls(program, first, end))
 
 
 def _predict_program(path: Path, name: str, kernel: bool, target: str, words: Words) -> Prediction:
     core, program = CORES[target], read_bundles(path)
-    machine = Machine(program, core.delay, lambda first, end: core.matrix.stalls(program, first, end))
+    machine = _machine(core, program)
     run = machine.run(core.memory(_alone(machine, core, words)), words)
     busy = _units(_beside(path, "final_hlo-static-per-bundle-utilization.txt"), machine, run)
     busy["MXU"] = sum(
@@ -188,7 +195,7 @@ def _predict_program(path: Path, name: str, kernel: bool, target: str, words: Wo
 
 def _alone(machine: Machine, core: Core, words: Words) -> bool:
     """Whether the program gives the other core of the device nothing to do: it copies nothing there."""
-    return not core.siblings or not machine.run(core.memory(False), words, core=1).bytes_moved
+    return not core.siblings or not machine.run(core.memory(False), words, core=1, neighbours=True).bytes_moved
 
 
 def _beside(path: Path, what: str) -> str:

@@ -59,6 +59,11 @@ class Instruction:
         return int(found.group(1)) if found else None
 
     @property
+    def likeness(self) -> tuple[str, str, str, int | None]:
+        """What instructions have in common that are one program: of such the compiler makes and dumps one alone."""
+        return self.opcode, re.sub(r"\.\d+$", "", self.name), re.sub(r"\{[^{}]*\}", "", self.result), self.estimate
+
+    @property
     def channel(self) -> str | None:
         """The number that a collective's parts share."""
         found = re.search(r"channel_id=(\d+)", self.rest)
@@ -116,6 +121,13 @@ class Module:
                 if inner.opcode in COLLECTIVES:
                     return inner
         return None
+
+    def for_all(self, cycles: Mapping[str, float]) -> dict[str, float]:
+        """The cycles of programs by their instructions' names, and of those that are like one of these."""
+        everywhere = [one for instructions in self.computations.values() for one in instructions]
+        alike = {one.likeness: cycles[one.name] for one in everywhere if one.name in cycles}
+        found = {one.name: alike[one.likeness] for one in everywhere if one.likeness in alike}
+        return found | dict(cycles)
 
     @cached_property
     def programs(self) -> frozenset[str]:

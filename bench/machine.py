@@ -138,12 +138,19 @@ class Machine:
         self.ends: dict[int, int] = {}
         self.stalled: dict[int, float] = {}
 
-    def run(self, memory: Memory, operands: Mapping[int, Sequence[int]] | None = None, core: int = 0) -> Run:
+    def run(
+        self,
+        memory: Memory,
+        operands: Mapping[int, Sequence[int]] | None = None,
+        core: int = 0,
+        neighbours: bool = False,
+    ) -> Run:
         """Run from the first bundle to the end. Raises MachineError, ScalarError or DeadlockError where it cannot.
 
-        `operands` are the 32-bit words of the operands whose data steer the program, by their number.
+        `operands` are the 32-bit words of the operands whose data steer the program, by their number; `neighbours`:
+        see `Queue`.
         """
-        run, queue = Run(), Queue(memory)
+        run, queue = Run(), Queue(memory, neighbours)
         data = _Operands(operands or {}, run)
         smem = _Smem({self._names.address(_CORE): core})
         state = [0] * 64, [False] * 64, smem, queue, run, data

@@ -233,7 +233,7 @@ def timeline_of(module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[
 
     return replay(
         module,
-        cycles=cycles_of(dump, pod.chip.name, module.programs),
+        cycles=module.for_all(cycles_of(dump, pod.chip.name, module.programs)),
         clock=core.clock,
         between=PROGRAM_SECONDS,
         exchange=exchange,

@@ -83,6 +83,8 @@ def _times(plan: Plan) -> Table:
     if plan.timeline.guessed:
         share = plan.timeline.guessed / plan.seconds
         table.add_row("of these, the compiler's guesses", f"{plan.timeline.guessed * 1e3:.2f}", f"{share:.1%}")
+    if plan.timeline.unknown:
+        table.add_row(f"not counted: {', '.join(sorted(plan.timeline.unknown))}")
     return table
 
 

@@ -146,6 +146,7 @@ _RARE: dict[str, Callable[[list[str]], str]] = {
     "sshll.u32": lambda v: f"(({v[0]}) << (({v[1]}) & 31)) & {MASK}",
     "sshrl.u32": lambda v: f"({v[0]}) >> (({v[1]}) & 31)",
     "sshra.s32": lambda v: f"(((({v[0]}) ^ {SIGN}) - {SIGN}) >> (({v[1]}) & 31)) & {MASK}",
+    "smulhi.u32": lambda v: f"(({v[0]}) * ({v[1]})) >> 32",
     "smin.u32": lambda v: f"min({v[0]}, {v[1]})",
     "smax.u32": lambda v: f"max({v[0]}, {v[1]})",
     "sdivrem.u32": lambda v: f"({v[0]}) // (({v[1]}) or 1)",

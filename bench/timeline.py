@@ -18,6 +18,7 @@ from .hlo import Instruction, Module, array_bytes
 
 KERNELS, PRODUCTS, REST = "our kernels", "products", "other programs"
 LINKS, COPIES, BETWEEN = "waiting for links", "waiting for copies", "between programs"
+_PROGRAMS, _KERNEL, _SMALL = ("fusion", "convolution", "copy"), "tpu_custom_call", 4096
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all")
 
 
@@ -53,12 +54,14 @@ class Timeline:
         exchanges: the collectives.
         programs: seconds of each program by its name, and how often it runs.
         guessed: seconds that are the compiler's estimates, since the programs were not counted.
+        unknown: programs for which there is not even that, by name.
     """
 
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     exchanges: dict[tuple[str, int, int, str], Exchange] = field(default_factory=dict)
     programs: dict[str, list[float]] = field(default_factory=dict)
     guessed: float = 0.0
+    unknown: set[str] = field(default_factory=set)
 
     @property
     def total(self) -> float:
@@ -85,6 +88,7 @@ class Timeline:
             exchanges,
             other.programs,
             line(self.guessed, other.guessed),
+            other.unknown,
         )
 
 
@@ -192,6 +196,8 @@ class Replay:
         if cycles is None:
             cycles = float(one.estimate or 0)
             self.timeline.guessed += self._times * cycles / self._clock
+            if not cycles and (one.opcode in _PROGRAMS or _KERNEL in one.rest) and one.bytes > _SMALL:
+                self.timeline.unknown.add(one.name)
         if not cycles:
             return
         seconds = cycles / self._clock
@@ -203,7 +209,7 @@ class Replay:
         ran[1] += self._times
 
     def _kind(self, one: Instruction) -> str:
-        if "tpu_custom_call" in one.rest:
+        if _KERNEL in one.rest:
             return KERNELS
         return PRODUCTS if one.opcode == "convolution" or "convolution" in self._opcodes(one) else REST
 

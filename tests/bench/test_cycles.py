@@ -150,6 +150,26 @@ def test_a_wait_for_nothing_is_said():
         Machine(program, Delay(4)).run(MEMORY)
 
 
+def test_what_neighbours_copy_is_there_when_it_is_asked_for():
+    program = bundles(COPY[0].format("", ""), COPY[1].format("$0x1"), *COPY[2:])
+    run = Machine(program, Delay(4)).run(MEMORY, neighbours=True)
+    assert (run.cycles, run.waits) == (4, {})
+    own = bundles(COPY[0].format("", ""), COPY[1].format("$0x0"), *COPY[2:])
+    assert Machine(own, Delay(4)).run(MEMORY, neighbours=True).cycles == Machine(own, Delay(4)).run(MEMORY).cycles
+
+
+def test_the_high_half_of_a_product():
+    program = bundles(
+        "%s1_s0 = smov 2863311531",  # by which a compiler divides by 3
+        "%s2_s1 = smulhi.u32 21, %s1_s0",
+        "%p3_p0 = scmp.eq.s32.totalorder %s2_s1, 14",
+        "%4 = sbr.rel (%p3_p0) target = $region9",
+        "",
+        "%5 = vmov 0",
+    )
+    assert Machine(program, Delay(1)).run(MEMORY).cycles == 5
+
+
 def test_prefetched_words_steer():
     program = bundles(
         "%s1_s0 = inlined_call_operand.vmem [shape: s32[3], index: 2, kind: input, shape index: {}]  ;;  "
@@ -210,6 +230,8 @@ def test_matrix_units_hold_back_a_stretch_that_asks_too_much():
     assert MatrixUnits(2, 1, 2).work(bundles("%1 = vmatmul.mubr.bf16.vlgmr.msra.gmra.mrb[0].mxu0 %v1_v1"), 0, 1) == {
         "0": 16
     }
+    kept = bundles("%1 = vmatmul.lmr.bf16.vlgmr.msra.gmra.16.mxu0", "%2 = vmatmul.lmr.bf16.gmra.16.mxu0")
+    assert MatrixUnits(2, 1, 2).work(kept, 0, 2) == {"0": 16}
 
 
 def test_what_is_not_known_is_said():

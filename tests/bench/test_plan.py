@@ -127,6 +127,21 @@ def test_the_compilers_guess_stands_in_for_what_was_not_counted():
     assert found.seconds["between programs"] == 0.5 * (5 * 3 + 1)
 
 
+def test_a_program_that_the_compiler_made_once_counts_wherever_it_runs():
+    module = parse(MODULE.replace("%product.2 = f32[8,8]{1,0}", "%product.2 = f32[8,8]{0,1}"))
+    assert module.for_all({"product.1": 100.0}) == {"product.1": 100.0, "product.2": 100.0}
+    other = parse(MODULE.replace("%product.2 = f32[8,8]{1,0}", "%product.2 = f32[8,9]{1,0}"))
+    assert other.for_all({"product.1": 100.0}) == {"product.1": 100.0}
+
+
+def test_what_is_not_counted_is_named():
+    cycles = {name: count for name, count in CYCLES.items() if name != "attention_forward.1"}
+    large = MODULE.replace("f32[8,8]{1,0} custom-call(%product.1)", "f32[64,64]{1,0} custom-call(%product.1)")
+    options = {"clock": 1.0, "between": 0.0, "exchange": lambda one: (0.0, 4), "copy": lambda size: 0.0}
+    assert replay(parse(large), cycles=cycles, **options).unknown == {"attention_forward.1"}
+    assert replay(parse(MODULE), cycles=CYCLES, **options).unknown == set()
+
+
 def test_fewer_layers_are_continued_to_all():
     few, more = told(300), told(300)
     more.seconds[KERNELS] += 400

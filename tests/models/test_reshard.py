@@ -76,7 +76,7 @@ def assert_alike(one, many):
 
 def test_jax_from_8_devices_to_8_others(tmp_path):
     quick = "--xla_backend_optimization_level=0"  # to compile
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {quick}", "JAX_PLATFORMS": "cpu", "NPROC": "64"}
     assert start(IN_JAX, "jax", tmp_path / "one", tmp_path / "many", **flags).wait(300) == 0
     assert len(losses(tmp_path / "many")[0]) == 6
     assert_alike(tmp_path / "one", tmp_path / "many")

@@ -13,8 +13,9 @@ from unittest import mock
 
 import numpy as np
 
-HANDFUL = ("expert 2, context 4", "layers stacked, fsdp 4, tensor 2")
+HANDFUL = ("layers stacked, fsdp 4, tensor 2",)
 LENGTH, VOCAB = 16, 12
+WANTED: dict = {}  # of each call, on one device
 
 
 @dataclass(frozen=True)
@@ -152,10 +153,11 @@ def error(call: Call) -> float:
             tuple(jax.numpy.where(jax.numpy.isfinite(a), w, 0) for a, w in zip(found, weights, strict=True))
         )
 
-    wanted = jax.tree.leaves(jax.jit(both)(arrays))
+    if repr(call) not in WANTED:
+        WANTED[repr(call)] = jax.tree.leaves(jax.jit(both)(arrays))
     with crosstile.sharded(mesh, **call.sharded):
         found = jax.tree.leaves(jax.jit(lambda arrays: both(arrays))(arrays))
-    return max(_distance(*pair) for pair in zip(found, wanted, strict=True))
+    return max(_distance(*pair) for pair in zip(found, WANTED[repr(call)], strict=True))
 
 
 def _known(name, shapes):

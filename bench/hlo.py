@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+_CALLING = ("fusion", "async-start", "call-start", "call")  # the last but one on a TPU's SparseCore
 _BITS = {"pred": 8, "bf16": 16}
 
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -116,7 +117,7 @@ class Module:
         """The collective that an instruction is, or has in a computation that it calls."""
         if instruction.opcode.removesuffix("-start") in COLLECTIVES:
             return instruction
-        for name in instruction.called if instruction.opcode in ("fusion", "async-start", "call") else ():
+        for name in instruction.called if instruction.opcode in _CALLING else ():
             for inner in self.computations.get(name, ()):
                 if inner.opcode in COLLECTIVES:
                     return inner
@@ -180,6 +181,13 @@ def array_bytes(type_text: str) -> Iterator[int]:
             elements *= int(size) if size else 1
         digits = re.match(r"[a-z]+(\d+)", dtype)
         yield elements * _BITS.get(dtype, int(digits.group(1)) if digits else 32) // 8
+
+
+def exchanged_bytes(collective: Instruction, devices: int) -> int:
+    """Of the whole array: what is gathered, or what is reduced, of each of so many devices alike."""
+    if collective.opcode in ("all-reduce", "reduce-scatter"):
+        return sum(array_bytes(collective.result)) * (devices if collective.opcode == "reduce-scatter" else 1)
+    return collective.bytes
 
 
 def replica_groups(collective: Instruction) -> list[list[int]]:

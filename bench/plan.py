@@ -26,7 +26,7 @@ from crosstile.models.stacking import period
 
 from .cores import CORES, HBM_LATENCY, HBM_SHARE, PROGRAM_SECONDS
 from .cycles import cycles_of
-from .hlo import Instruction, Module, array_bytes, parse, replica_groups
+from .hlo import Instruction, Module, exchanged_bytes, parse, replica_groups
 from .ici import Pod, seconds, span
 from .plan_asked import Asked
 from .plan_estimate import estimate
@@ -228,7 +228,7 @@ def timeline_of(module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[
     def exchange(collective: Instruction) -> tuple[float, int]:
         group = next(iter(replica_groups(collective)), list(range(len(places))))
         where = span(pod, [places[device] for device in group])
-        size = sum(array_bytes(collective.result)) if collective.opcode == "all-reduce" else collective.bytes
+        size = exchanged_bytes(collective, len(group))
         return seconds(pod, collective.opcode, size, where), len(group)
 
     return replay(

@@ -14,11 +14,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .hlo import Instruction, Module, array_bytes
+from .hlo import Instruction, Module, exchanged_bytes
 
 KERNELS, PRODUCTS, REST = "our kernels", "products", "other programs"
 LINKS, COPIES, BETWEEN = "waiting for links", "waiting for copies", "between programs"
 _PROGRAMS, _KERNEL, _SMALL = ("fusion", "convolution", "copy"), "tpu_custom_call", 4096
+_COPIED = ("copy-done", "slice-done", "dynamic-slice-done")
 _FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "partition-id", "replica-id", "after-all")
 
 
@@ -138,8 +139,8 @@ class Replay:
         elif one.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):
             self._copies_free = max(self._now, self._copies_free) + self._copy(one.bytes)
             self._arrives[one.name] = (self._copies_free, None)
-        elif one.opcode in ("copy-done", "slice-done", "dynamic-slice-done"):
-            self._wait(one.operands[0], COPIES)
+        elif one.opcode.endswith("-done"):
+            self._wait(one.operands[0], COPIES if one.opcode in _COPIED else LINKS)
         elif (collective := self._module.collective_in(one)) is not None:
             self._collective(one, collective)
         else:
@@ -157,14 +158,16 @@ class Replay:
         self._times = times
 
     def _collective(self, one: Instruction, collective: Instruction) -> None:
+        if one.opcode.endswith("-start"):
+            self._start(one.name, collective)
+            return
         key = f"channel {collective.channel or collective.name}"
-        beside = one.opcode != collective.opcode or one.opcode.endswith("-start")
-        if not beside:
+        if one.opcode == collective.opcode:
             self._start(key, collective)
             self._wait(key, LINKS)
         elif key not in self._arrives:
             self._start(key, collective)
-        elif "AsyncCollectiveDone" in self._text(one) or one.opcode.endswith("-done"):
+        elif "AsyncCollectiveDone" in self._text(one):
             self._wait(key, LINKS)
         else:
             self._program(one)  # a product that carries the collective on
@@ -175,8 +178,7 @@ class Replay:
     def _start(self, key: str, collective: Instruction) -> None:
         seconds, devices = self._exchange(collective)
         kind = collective.opcode.removesuffix("-start")
-        size = sum(array_bytes(collective.result)) if kind == "all-reduce" else collective.bytes
-        names = (kind, devices, size, _short(collective.where))
+        names = (kind, devices, exchanged_bytes(collective, devices), _short(collective.where))
         exchange = self.timeline.exchanges.setdefault(names, Exchange(*names))
         exchange.count += self._times
         exchange.seconds += self._times * seconds

@@ -1,7 +1,7 @@
 """Linear cross-entropy by the framework's own ops, a tile of logits at a time, forward and backward.
 
-Beyond its inputs and results it needs a few tiles; with narrow floats also the sums of dhidden, in float32. A second
-derivative is taken of logits built whole.
+Beyond its inputs and results it needs a few tiles; with narrow floats also the sums of dhidden, in float32. torch keeps
+the logits where there are few (`library_torch.KEPT`). A second derivative is taken of logits built whole.
 """
 
 from __future__ import annotations

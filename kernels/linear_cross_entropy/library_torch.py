@@ -1,4 +1,4 @@
-"""Linear cross-entropy in torch, a tile of logits at a time; see `library.py`."""
+"""Linear cross-entropy in torch, a tile of logits at a time; see `library.py`. Few logits are kept for the backward."""
 
 from __future__ import annotations
 
@@ -11,39 +11,50 @@ from torch import Tensor
 from .spec import IGNORED, LinearCrossEntropySpec
 
 TOKENS, ROWS = 512, 1024  # of a tile of logits
+KEPT_PART = 1 << 21  # of these a backward takes so many at a time: larger arrays are new memory each time
+KEPT = 1 << 24  # so many logits at most are kept, 64 MiB, and not computed again: a product of five less
 
 
 def statistics(spec: LinearCrossEntropySpec, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     """lse, target_logit and, where the spec asks for it, logit_sum."""
-    found: tuple[Tensor, ...] = _Statistics.apply(spec, hidden, weight, targets)
-    return found
+    few = hidden.shape[0] * hidden.shape[1] * weight.shape[1] <= KEPT
+    keep = few and torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    *found, _ = _Statistics.apply(spec, keep, hidden, weight, targets)
+    return tuple(found)
 
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(spec: LinearCrossEntropySpec, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
-        items = zip(hidden, weight, targets, strict=True)
+    def forward(
+        spec: LinearCrossEntropySpec, keep: bool, hidden: Tensor, weight: Tensor, targets: Tensor
+    ) -> tuple[Tensor, ...]:
+        kept = hidden.new_empty((*hidden.shape[:2], weight.shape[1] if keep else 0), dtype=_wide(hidden))
+        items = zip(hidden, weight, targets, kept, strict=True)
         found = [_statistics(spec, *item) for item in items]
         if not found:
-            return tuple(hidden.new_zeros(hidden.shape[:2], dtype=_wide(hidden)) for _ in range(2 + spec.sums))
-        return tuple(torch.stack(rows) for rows in zip(*found, strict=True))
+            nothing = (hidden.new_zeros(hidden.shape[:2], dtype=_wide(hidden)) for _ in range(2 + spec.sums))
+            return (*nothing, kept)
+        return (*(torch.stack(rows) for rows in zip(*found, strict=True)), kept)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.spec = inputs[0]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:], output[0])
+        ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(*inputs[2:], output[0], output[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         # A compiled function has no second derivative, and torch.compile no function inside a function's backward.
         run = _Gradients.forward if torch.compiler.is_compiling() else _Gradients.apply
-        dhidden, dweight = run(ctx.spec, *ctx.saved_tensors, *gradients)
-        return None, dhidden, dweight, None
+        dhidden, dweight = run(ctx.spec, *ctx.saved_tensors, *gradients[:-1])
+        return None, None, dhidden, dweight, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], spec: LinearCrossEntropySpec, *arrays: Tensor) -> Any:
-        results = _Statistics.apply(spec, *_folded(info.batch_size, in_dims[1:], arrays))
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], spec: LinearCrossEntropySpec, keep: bool, *arrays: Tensor
+    ) -> Any:
+        results = _Statistics.apply(spec, keep, *_folded(info.batch_size, in_dims[2:], arrays))
         return _unfolded(info.batch_size, results)
 
 
@@ -60,7 +71,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.spec = inputs[0]
-        ctx.save_for_backward(*inputs[1:4], *inputs[5:])
+        ctx.save_for_backward(*inputs[1:4], *inputs[6:])
 
     @staticmethod
     def backward(ctx: Any, ddhidden: Tensor, ddweight: Tensor) -> tuple[Any, ...]:
@@ -76,7 +87,7 @@ class _Gradients(torch.autograd.Function):
             there = [leaf for leaf in leaves if leaf is not None]
             second = iter(torch.autograd.grad(first, there, (ddhidden, ddweight)))
         found = [None if leaf is None else next(second) for leaf in leaves]
-        return (None, *found[:2], None, None, *found[2:])
+        return (None, *found[:2], None, None, None, *found[2:])
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], spec: LinearCrossEntropySpec, *arrays: Any) -> Any:
@@ -100,11 +111,20 @@ def _unfolded(size: int, results: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...
     return tuple(x.reshape(size, x.shape[0] // size, *x.shape[1:]) for x in results), (0,) * len(results)
 
 
-def _statistics(spec: LinearCrossEntropySpec, hidden: Tensor, weight: Tensor, targets: Tensor) -> list[Tensor]:
-    """Of one batch item: each [tokens]."""
+def _statistics(
+    spec: LinearCrossEntropySpec, hidden: Tensor, weight: Tensor, targets: Tensor, kept: Tensor
+) -> list[Tensor]:
+    """Of one batch item: each [tokens]. The logits go to `kept` [tokens, vocab], if it has room for them."""
     wide = _wide(hidden)
     tokens = hidden.shape[0]
     counted = targets != IGNORED
+    if kept.shape[1]:
+        torch.mm(hidden.to(wide), weight.to(wide).T, out=kept)
+        if spec.softcap is not None:
+            kept.div_(spec.softcap).tanh_().mul_(spec.softcap)
+        picked = kept.gather(1, targets.long().clamp(0, kept.shape[1] - 1)[:, None])[:, 0]
+        results = [kept.logsumexp(1), torch.where(targets >= 0, picked, 0), kept.sum(1) if spec.sums else picked]
+        return [torch.where(counted, row, 0) for row in results[: 2 + spec.sums]]
     peak = hidden.new_full((tokens,), float("-inf"), dtype=wide)
     total, found, whole = (torch.zeros_like(peak) for _ in range(3))
     for rows in _parts(weight.shape[0], ROWS):
@@ -131,6 +151,7 @@ def _gradients(
     weight: Tensor,
     targets: Tensor,
     lse: Tensor,
+    kept: Tensor,
     dlse: Tensor | None,
     dtarget: Tensor | None,
     dsum: Tensor | None = None,
@@ -142,14 +163,20 @@ def _gradients(
     exact = hidden.dtype == wide  # then the results hold the sums
     dhidden = results[0] if exact else torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
     counted = targets != IGNORED
-    for rows in _parts(weight.shape[0], ROWS):
+    whole = kept.shape[1] > 0
+    for rows in _parts(weight.shape[0], weight.shape[0] if whole else ROWS):
         block = weight[rows].to(wide)
         dblock = results[1][rows] if exact else torch.zeros_like(block)
-        for part in _parts(hidden.shape[0], TOKENS):
+        for part in _parts(hidden.shape[0], max(64, KEPT_PART // weight.shape[0]) if whole else TOKENS):
             there = counted[part][:, None]
             visible = torch.where(there, hidden[part], 0).to(wide)
-            logits, slope = _logits(spec, visible, block)
-            gradient = logits.sub_(lse[part][:, None]).exp_()
+            if whole:
+                logits, slope = kept[part], None
+                if spec.softcap is not None:
+                    slope = (logits / spec.softcap).square_().neg_().add_(1)
+            else:
+                logits, slope = _logits(spec, visible, block)
+            gradient = (logits - lse[part][:, None]).exp_()
             gradient.mul_(0 if dlse is None else dlse[part][:, None])
             if dtarget is not None:
                 local = targets[part].long() - rows.start

@@ -65,10 +65,12 @@ def test_the_peers_better_time_is_held_against_ours():
         Timed("crosstile torch", [1.0, 1.6, 1.6]),
         Timed("crosstile jax", [0.1, 0.1, 0.1]),
     ]
-    assert ratio(found) == pytest.approx(2.0 / 1.6)
+    assert ratio(found, "crosstile torch") == pytest.approx(2.0 / 1.6)
+    assert ratio(found) == pytest.approx(2.0 / 0.1)
     out = StringIO()
-    assert model_speed.show("title", found, 1.25, 10, 0, Console(file=out, width=140))
-    assert not model_speed.show("title", found, 1.3, 10, 0, Console(file=out, width=140))
+    assert model_speed.show("title", found[:3], 1.25, 10, 0, Console(file=out, width=140))
+    assert not model_speed.show("title", found[:3], 1.3, 10, 0, Console(file=out, width=140))
+    assert "torch 1.25" in out.getvalue()
 
 
 def test_different_losses_are_not_timed():

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from crosstile.bench.hlo import HloError, array_bytes, parse, replica_groups
+from crosstile.bench.hlo import HloError, array_bytes, exchanged_bytes, parse, replica_groups
 from crosstile.bench.ici import pod, seconds, span
 from crosstile.bench.plan import Plan, PlanError, _refused, search
 from crosstile.bench.plan_asked import Asked
@@ -88,6 +88,30 @@ def test_a_module_is_read_with_its_loops_collectives_and_sizes():
     assert list(array_bytes("(bf16[2,8]{1,0}, pred[4], s4[10], f8e4m3fn[3], s32[])")) == [32, 4, 5, 3, 4]
     with pytest.raises(HloError, match="not scheduled"):
         parse(MODULE.replace(", is_scheduled=true", ""))
+
+
+def test_the_bytes_of_a_collective_are_those_of_its_whole_array():
+    def of(result: str, opcode: str) -> int:
+        line = f"  %a = {result} {opcode}(%p), replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
+        module = parse(f"HloModule m, is_scheduled=true\n\nENTRY %e (p: f32[4]) -> f32[4] {{\n{line}\n}}\n")
+        return exchanged_bytes(module.computations["e"][0], 4)
+
+    assert of("bf16[16,8]{1,0}", "all-gather") == 256
+    assert of("bf16[4,8]{1,0}", "reduce-scatter") == 256
+    assert of("(f32[4]{0}, f32[6]{0})", "all-reduce") == 40
+
+
+def test_a_collective_that_is_offloaded_is_waited_for_where_it_is_done():
+    called = "%offloaded (p.9: f32[8]) -> f32[8] {\n  %p.9 = f32[8]{0} parameter(0)\n"
+    called += f"  ROOT %reduce-scatter.1 = f32[8]{{0}} reduce-scatter(%p.9), channel_id=3, {GROUPS}\n}}\n\n"
+    lines = ("  %call-start.1 = ((f32[8]{0}), f32[8]{0}) call-start(%arg.2), to_apply=%offloaded", "%add.1")
+    text = MODULE.replace("%product (p.0", called + "%product (p.0", 1).replace(
+        f"  {lines[1]}", f"{lines[0]}\n  %add.1", 1
+    )
+    text = text.replace("  %copy-done.1", "  %call-done.1 = f32[8]{0} call-done(%call-start.1)\n  %copy-done.1", 1)
+    options = {"cycles": CYCLES, "clock": 1.0, "between": 0.0, "copy": lambda size: 0.0}
+    found = replay(parse(text), exchange=lambda one: (25.0 if one.opcode == "reduce-scatter" else 0.0, 4), **options)
+    assert found.exchanges["reduce-scatter", 4, 128, ""].waited == 25 - 10
 
 
 def test_groups_are_read_in_every_notation():

@@ -27,7 +27,7 @@ def plan_command(
     context: Annotated[int, typer.Option(help="Pieces of a sequence.")] = 1,
     tensor: Annotated[int | None, typer.Option(help="Pieces of a layer. Searched without.")] = None,
     context_form: Annotated[str, typer.Option(help="gather, ring or ulysses.")] = "gather",
-    remat: Annotated[str | None, typer.Option(help="none, products or full. Searched without.")] = None,
+    remat: Annotated[str | None, typer.Option(help="none, products, full or offload. Searched without.")] = None,
     tries: Annotated[int, typer.Option(min=1, help="How many that fit are compiled, the most promising first.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file too.")] = None,
 ) -> None:

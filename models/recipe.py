@@ -185,7 +185,7 @@ class Recipe:
         seed: of the weights and the order of the data.
         precision: in which the model computes, "float32" or "bfloat16"; the weights and the optimizer's state are
             float32.
-        remat: what a layer computes again in its backward: "none", "products" or "full"; see `remat`.
+        remat: what a layer computes again in its backward: "none", "products", "full" or "offload"; see `remat`.
         compile: whether torch compiles the layers; JAX always does.
         model: see `Model`; and so are the others their classes.
 

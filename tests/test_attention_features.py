@@ -141,7 +141,7 @@ def name_of(row: tuple[Sizes, tuple[str, ...]]) -> str:
 
 
 @pytest.mark.parametrize("implementation", ["triton", "pallas"])
-@pytest.mark.parametrize("row", ROWS[1::9], ids=name_of)
+@pytest.mark.parametrize("row", ROWS[1::14], ids=name_of)
 def test_some_pairs_of_features(row, implementation):
     check(*row, "float32", implementation)
 

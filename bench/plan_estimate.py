@@ -12,7 +12,7 @@ from .plan_asked import Asked
 
 _REACHED = 0.75  # of the peak, by products
 _MARGIN = 1.1  # of memory
-_AGAIN = {"none": 0.0, "products": 0.05, "full": 1 / 3}  # of a training step's operations, done again
+_AGAIN = {"none": 0.0, "products": 0.05, "full": 1 / 3, "offload": 1 / 3}  # of a training step's operations, done again
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _saved(asked: Asked, config: Config) -> float:
     tensor = asked.parallel.tensor
     stream = config.hidden_size * tensor  # of a device's tokens, each of which all devices of the axis have
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    kept = {"full": stream, "products": 3 * stream + heads + 3 * config.intermediate_size}
+    kept = {"offload": 0, "full": stream, "products": 3 * stream + heads + 3 * config.intermediate_size}
     kept["none"] = kept["products"] + 4 * stream + 2 * heads + 3 * config.intermediate_size
     return config.num_layers * kept[asked.remat] + 6 * config.intermediate_size
 

@@ -12,6 +12,7 @@ from crosstile.bench.plan_report import facts, line
 from crosstile.bench.published import PUBLISHED, published
 from crosstile.bench.timeline import COPIES, KERNELS, LINKS, PRODUCTS, REST, Timeline, replay
 from crosstile.models.known import MODELS, known
+from crosstile.models.remat import POLICIES
 from crosstile.models.sharding import Parallel
 
 START = 'custom_call_target="AsyncCollectiveStart"'
@@ -258,6 +259,15 @@ def test_the_roofline_knows_what_cannot_fit_and_what_is_done_again():
     assert not estimate(Asked(config, "train", Parallel(fsdp=16), 16, 4096, "none"), where).fits
     again = Asked(config, "train", Parallel(fsdp=16), 16, 4096, "products")
     assert estimate(small, where).seconds > estimate(again, where).seconds
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_roofline_knows_every_policy(policy):
+    asked = Asked(known("llama-3-8b"), "train", Parallel(fsdp=16), 16, 4096, policy)
+    least = estimate(Asked(asked.config, "train", asked.parallel, 16, 4096, "offload"), pod("v5e:4x4"))
+    found = estimate(asked, pod("v5e:4x4"))
+    assert 0 < least.bytes <= found.bytes
+    assert found.seconds > 0
 
 
 def test_published_runs_are_found_by_model_pod_and_length():

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import environ
@@ -32,6 +32,7 @@ from .tpu import environment
 COMPILER = "(grid, windows and copies)"  # what bundles without a line of Python are for
 WAITING = "(waiting for copies)"
 SECONDS = 600.0
+DUMP = "llo"  # the folder of the bundles, in that of a child
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _NAME = re.compile(r"(\d+)-(.+)-\d+-final_bundles\.txt")
 _AROUND = ("TLP", "<")  # the program around the kernels, and what starts and ends it
@@ -108,22 +109,36 @@ def predict_child(
 
     `asked` is what it reads, and `python` its interpreter. Raises CyclesError with the compiler's refusal.
     """
-    with tempfile.TemporaryDirectory(prefix="crosstile-cycles-") as folder:
-        dump = Path(folder) / "llo"
-        settings = environment(dump)
-        settings["LIBTPU_INIT_ARGS"] += f" {SOURCES}"
-        child = subprocess.run(
-            [python, "-m", f"crosstile.bench.{module}", folder],
-            input=json.dumps(asked),
-            capture_output=True,
-            text=True,
-            env={**environ, **settings},
-            timeout=SECONDS,
-        )
-        refusal = Path(folder) / "refusal.txt"
-        if child.returncode:
-            raise CyclesError(refusal.read_text() if refusal.exists() else child.stderr.strip()[-1500:])
-        return predict_dump(dump, target, json.loads((Path(folder) / "steering.json").read_text()))
+    with tempfile.TemporaryDirectory(prefix="crosstile-cycles-") as name:
+        folder = Path(name)
+        refusal = run_child(module, folder, f" {SOURCES}", json.dumps(asked), python)
+        if refusal is not None:
+            raise CyclesError(refusal)
+        return predict_dump(folder / DUMP, target, json.loads((folder / "steering.json").read_text()))
+
+
+def run_child(
+    module: str, folder: Path, flags: str = "", asked: str = "", python: str = sys.executable, seconds: float = SECONDS
+) -> str | None:
+    """Run a module of `crosstile.bench` that compiles for TPUs, and leaves bundles in `folder / DUMP`; its refusal.
+
+    `asked` is what it reads, and `flags` the compiler's beside those that dump.
+    """
+    (folder / DUMP).mkdir()
+    settings = environment(folder / DUMP)
+    settings["LIBTPU_INIT_ARGS"] += flags
+    child = subprocess.run(
+        [python, "-m", f"crosstile.bench.{module}", str(folder)],
+        input=asked,
+        capture_output=True,
+        text=True,
+        env={**environ, **settings},
+        timeout=seconds,
+    )
+    if not child.returncode:
+        return None
+    refusal = folder / "refusal.txt"
+    return refusal.read_text() if refusal.exists() else child.stderr.strip()[-1500:]
 
 
 def predict_dump(
@@ -138,13 +153,12 @@ def predict_dump(
     for name, words in steering:
         waiting.setdefault(name, []).append({int(number): list(data) for number, data in words.items()})
     found = []
-    for path in sorted(folder.glob("*-final_bundles.txt")):
-        match = _NAME.fullmatch(path.name)
-        if match is None or match.group(2).startswith(_AROUND) or "schedule-analysis" in path.name:
+    for path, name in _dumped(folder):
+        if name.startswith(_AROUND):
             continue
         kernel = _KERNEL in _beside(path, "schedule-analysis_final_bundles.txt")
-        given = waiting.get(re.sub(r"\.\d+$", "", match.group(2))) or (waiting.get("", []) if kernel else [])
-        found.append(_predict_program(path, match.group(2), kernel, target, given.pop(0) if given else {}))
+        given = waiting.get(re.sub(r"\.\d+$", "", name)) or (waiting.get("", []) if kernel else [])
+        found.append(_predict_program(path, name, kernel, target, given.pop(0) if given else {}))
     return tuple(found)
 
 
@@ -155,14 +169,21 @@ def cycles_of(folder: Path, target: str, names: Container[str]) -> dict[str, flo
     run is left out.
     """
     found, core = {}, CORES[target]
-    for path in sorted(folder.glob("*-final_bundles.txt")):
-        match = _NAME.fullmatch(path.name)
-        if match is None or match.group(2) not in names or "schedule-analysis" in path.name:
+    for path, name in _dumped(folder):
+        if name not in names:
             continue
         with suppress(MachineError, ScalarError, DeadlockError):
             machine = _machine(core, read_bundles(path))
-            found[match.group(2)] = machine.run(core.memory(_alone(machine, core, {})), {}, neighbours=True).cycles
+            found[name] = machine.run(core.memory(_alone(machine, core, {})), {}, neighbours=True).cycles
     return found
+
+
+def _dumped(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The file of every program's bundles, in the order of compilation, and the name of its instruction."""
+    for path in sorted(folder.glob("*-final_bundles.txt")):
+        match = _NAME.fullmatch(path.name)
+        if match and "schedule-analysis" not in path.name:
+            yield path, match.group(2)
 
 
 def _machine(core: Core, program: Program) -> Machine:

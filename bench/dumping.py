@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,16 @@ def answer(handle: Callable[[dict[str, Any], Path], None]) -> None:
     asked = json.loads(sys.stdin.read())
     keep_lines()
     folder = Path(sys.argv[1])
-    try:
+    with leaving_refusal(folder):
         handle(asked, folder)
-    except Exception as error:  # whatever the compiler raises is the answer
+
+
+@contextmanager
+def leaving_refusal(folder: Path) -> Iterator[None]:
+    """Leave what is raised inside in the folder, and exit with 1: whatever the compiler raises is the answer."""
+    try:
+        yield
+    except Exception as error:
         (folder / "refusal.txt").write_text(f"{type(error).__name__}: {error}")
         sys.exit(1)
 

@@ -156,17 +156,16 @@ def parse(text: str) -> Module:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    at = _closing(text, "(", 0) + 1 if text.startswith("(") else text.index(" ")
+    at = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     match = _OPCODE.search(text, at)
     if match is None:
         raise HloError(f"{name}: no opcode in {text[:80]!r}")
     return Instruction(name, match.group(1), text[:at], text[match.end() :])
 
 
-def _closing(text: str, opening: str = "", start: int = 0) -> int:
-    """Where the parenthesis closes that is open at the start, or that stands there."""
-    depth = 0 if opening else 1
-    for at in range(start, len(text)):
+def _closing(text: str, depth: int = 1) -> int:
+    """Where the parenthesis closes that is open at the start; with a depth of 0, the one that stands there."""
+    for at in range(len(text)):
         depth += {"(": 1, ")": -1}.get(text[at], 0)
         if depth == 0:
             return at

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from crosstile.kernels.tiles.targets import get_target
+
 LINK_SHARE = 0.9
 HOP_SECONDS = 1e-6  # of each step of a ring, beside its bytes
 
@@ -79,6 +81,21 @@ class Pod:
     def devices(self) -> int:
         """What JAX calls devices."""
         return self.chips * self.chip.devices
+
+    @property
+    def peak(self) -> float:
+        """Operations a second of a device, published, in bfloat16."""
+        return get_target(self.chip.name).bf16_tflops * 1e12 * self.chip.cores
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second of a device's HBM, published."""
+        return get_target(self.chip.name).bandwidth * 1e9 * self.chip.cores
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Of a device, that a program may use."""
+        return self.chip.hbm * 2**30
 
     @property
     def topology(self) -> str:

@@ -161,13 +161,17 @@ def _in_turns(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, lis
     for step in steps.values():
         step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds):
-        order = list(steps) if turn % 2 else list(reversed(steps))
-        for name in order:
-            began = time.perf_counter()
-            steps[name]()
-            seconds[name].append(time.perf_counter() - began)
+    for name in _turns(list(steps), rounds):
+        began = time.perf_counter()
+        steps[name]()
+        seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def _turns(names: list[str], rounds: int) -> Iterator[str]:
+    """All names so many times, every other time backwards."""
+    for turn in range(rounds):
+        yield from names if turn % 2 else reversed(names)
 
 
 def decoding(model: Model, rounds: int) -> list[Timed]:
@@ -184,13 +188,11 @@ def decoding(model: Model, rounds: int) -> list[Timed]:
         raise AssertionError(f"the contestants generate different tokens: {texts}")
     firsts: dict[str, list[float]] = {name: [] for name in contestants}
     rests: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        order = list(contestants) if turn % 2 else list(reversed(contestants))
-        for name in order:
-            began = time.perf_counter()
-            times = [at - began for _, at in contestants[name]()]
-            firsts[name].append(times[0])
-            rests[name].append((times[-1] - times[0]) / (len(times) - 1))
+    for name in _turns(list(contestants), rounds):
+        began = time.perf_counter()
+        times = [at - began for _, at in contestants[name]()]
+        firsts[name].append(times[0])
+        rests[name].append((times[-1] - times[0]) / (len(times) - 1))
     return [Timed(name, rests[name], median(firsts[name])) for name in contestants]
 
 

@@ -10,28 +10,23 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
-from os import environ
 from pathlib import Path
 
-from crosstile.kernels.tiles.targets import get_target
 from crosstile.models.config import Config
 from crosstile.models.sharding import Parallel
 from crosstile.models.stacking import period
 
 from .cores import CORES, HBM_LATENCY, HBM_SHARE, PROGRAM_SECONDS
-from .cycles import cycles_of
+from .cycles import DUMP, cycles_of, run_child
 from .hlo import Instruction, Module, exchanged_bytes, parse, replica_groups
 from .ici import Pod, seconds, span
 from .plan_asked import Asked
 from .plan_estimate import estimate
 from .timeline import Timeline, replay
-from .tpu import environment
 
 SECONDS = 1500
 _SAMPLED = (2, 4)  # periods of layers of which a step without a scan is compiled; the others take as long each
@@ -93,8 +88,7 @@ class Plan:
         per_token = self.asked.config.flops_per_token(self.asked.seq)
         if self.asked.step != "train":
             per_token /= 3
-        target = get_target(self.pod.chip.name)
-        return per_token * self.tokens_per_device / (target.bf16_tflops * 1e12 * self.pod.chip.cores)
+        return per_token * self.tokens_per_device / self.pod.peak
 
     @property
     def dollars_per_million(self) -> float | None:
@@ -167,7 +161,7 @@ def _candidates(
 ) -> Iterator[Asked]:
     policies = remats or (("none", "products", "full") if step == "train" else ("none",))
     for mesh in meshes or list(_meshes(config, pod, step)):
-        rows = mesh.data * mesh.fsdp * mesh.expert
+        rows = mesh.batch_devices
         for batch in batches or [rows * each for each in (1, 2, 3, 4, 6, 8)]:
             if batch % rows == 0:
                 for policy in policies:
@@ -186,28 +180,19 @@ def _meshes(config: Config, pod: Pod, step: str) -> Iterator[Parallel]:
 def _compiled(asked: Asked, pod: Pod) -> Plan:
     with tempfile.TemporaryDirectory(prefix="crosstile-plan-") as name:
         folder = Path(name)
-        dump = folder / "llo"
-        dump.mkdir()
         (folder / "asked.pickle").write_bytes(pickle.dumps((asked, pod)))
-        child = subprocess.run(
-            [sys.executable, "-m", "crosstile.bench.plan_child", name],
-            env={**environ, **environment(dump)},
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-        )
-        if child.returncode:
-            refusal = folder / "refusal.txt"
-            return _refused(asked, pod, refusal.read_text() if refusal.exists() else child.stderr[-2000:])
+        refusal = run_child("plan_child", folder, seconds=SECONDS)
+        if refusal is not None:
+            return _refused(asked, pod, refusal)
         facts = json.loads((folder / "facts.json").read_text())
         module = parse((folder / "module.txt").read_text())
         return Plan(
             asked,
             pod,
             sum(facts["memory"].values()),
-            pod.chip.hbm * 2**30,
+            pod.hbm_bytes,
             facts["memory"],
-            timeline_of(module, dump, pod, facts["places"]),
+            timeline_of(module, folder / DUMP, pod, facts["places"]),
             facts["seconds"],
         )
 
@@ -222,8 +207,7 @@ def _refused(asked: Asked, pod: Pod, words: str) -> Plan:
 
 def timeline_of(module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[int]]) -> Timeline:
     """The replay of a compiled step, whose programs' bundles lie in `dump`."""
-    core, target = CORES[pod.chip.name], get_target(pod.chip.name)
-    bandwidth = target.bandwidth * 1e9 * pod.chip.cores * HBM_SHARE
+    bandwidth = pod.bandwidth * HBM_SHARE
 
     def exchange(collective: Instruction) -> tuple[float, int]:
         group = next(iter(replica_groups(collective)), list(range(len(places))))
@@ -234,7 +218,7 @@ def timeline_of(module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[
     return replay(
         module,
         cycles=module.for_all(cycles_of(dump, pod.chip.name, module.programs)),
-        clock=core.clock,
+        clock=CORES[pod.chip.name].clock,
         between=PROGRAM_SECONDS,
         exchange=exchange,
         copy=lambda size: size / bandwidth + HBM_LATENCY,

@@ -33,7 +33,7 @@ class Asked:
     def __post_init__(self) -> None:
         if self.step not in STEPS:
             raise ValueError(f"step: got {self.step!r}; it must be one of {', '.join(STEPS)}")
-        rows = self.parallel.data * self.parallel.fsdp * self.parallel.expert
+        rows = self.parallel.batch_devices
         if self.batch < 1 or self.batch % rows:
             raise ValueError(
                 f"batch: got {self.batch}; it must be a multiple of {rows}, the devices among which rows are dealt"

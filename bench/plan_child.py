@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .dumping import leaving_refusal
+
 
 def compile_step(folder: Path) -> None:
     """Read what is asked, compile it, and leave what was found."""
@@ -50,16 +52,6 @@ def _memory(analysis: Any) -> dict[str, int]:
     }
 
 
-def main(folder: Path) -> int:
-    """The exit status."""
-    try:
-        compile_step(folder)
-    except Exception as error:  # whatever the compiler raises is the answer
-        (folder / "refusal.txt").write_text(f"{type(error).__name__}: {error}")
-
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    with leaving_refusal(Path(sys.argv[1])):
+        compile_step(Path(sys.argv[1]))

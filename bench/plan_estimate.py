@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crosstile.kernels.tiles.targets import get_target
 from crosstile.models.config import Config
 
 from .ici import LINK_SHARE, Pod
@@ -27,10 +26,10 @@ class Estimate:
 
 def estimate(asked: Asked, pod: Pod) -> Estimate:
     """Of one step."""
-    target, mesh, config = get_target(pod.chip.name), asked.parallel, asked.config
+    mesh, config = asked.parallel, asked.config
     training = asked.step == "train"
     tokens = asked.batch * (1 if asked.step == "decode" else asked.seq) / pod.devices
-    peak = target.bf16_tflops * 1e12 * pod.chip.cores * _REACHED
+    peak = pod.peak * _REACHED
     operations = config.flops_per_token(asked.seq) * tokens
     compute = operations * (1 + _AGAIN[asked.remat]) / peak if training else operations / 3 / peak
     links = 2 * pod.chip.dimensions * pod.chip.link * LINK_SHARE * 1e9 / pod.chip.devices
@@ -38,10 +37,10 @@ def estimate(asked: Asked, pod: Pod) -> Estimate:
     gathered = 4 * weights / links if training and mesh.fsdp > 1 else 0.0
     rows = tokens * mesh.tensor * config.hidden_size * 2
     summed = 0.0 if mesh.tensor == 1 else config.num_layers * (6 if training else 2) * 2 * rows / (links / 2)
-    read = (weights + _cache(asked)) / (target.bandwidth * 1e9 * pod.chip.cores) if asked.step == "decode" else 0.0
+    read = (weights + _cache(asked)) / pod.bandwidth if asked.step == "decode" else 0.0
     seconds = max(compute, gathered, read) + summed
     needed = _MARGIN * _bytes(asked, tokens)
-    return Estimate(seconds, needed, needed <= pod.chip.hbm * 2**30, seconds / (tokens * pod.devices))
+    return Estimate(seconds, needed, needed <= pod.hbm_bytes, seconds / (tokens * pod.devices))
 
 
 def _bytes(asked: Asked, tokens: float) -> float:
@@ -68,6 +67,6 @@ def _saved(asked: Asked, config: Config) -> float:
 def _cache(asked: Asked) -> float:
     """Bytes of a device's keys and values."""
     config, mesh = asked.config, asked.parallel
-    rows = asked.batch / (mesh.data * mesh.fsdp * mesh.expert)
+    rows = asked.batch / mesh.batch_devices
     heads = config.num_kv_heads / (mesh.tensor if config.num_kv_heads % mesh.tensor == 0 else 1)
     return 2.0 * rows * asked.seq * config.num_layers * heads * (config.head_dim + config.v_dim)

@@ -40,6 +40,7 @@ from .mlp import choose, of_experts, shared
 from .remat import remat as recomputed
 from .sharding import AXES, RULES, Parallel, parameter_splits
 from .stacking import period
+from .targets import IGNORED, within_documents
 
 _COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
@@ -153,10 +154,9 @@ def loss(
     balanced = balanced and parallel.context > 1
     targets, inputs = jnp.asarray(tokens[:, 1:], jnp.int32), jnp.asarray(tokens[:, :-1], jnp.int32)
     if segments is not None:
-        known = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-        targets, segments = jnp.where(known, targets, transformer.IGNORED), jnp.asarray(segments[:, :-1])
+        targets, segments = within_documents(targets, segments), jnp.asarray(segments[:, :-1])
     batch, length = inputs.shape
-    rows = prod(parallel.sizes[axis] for axis in RULES["batch"])
+    rows = parallel.batch_devices
     columns = parallel.context * (2 if balanced else 1)
     whole = length + -length % columns
     order = np.array(balanced_order(whole, parallel.context)) if balanced else np.arange(whole)
@@ -170,7 +170,7 @@ def loss(
         return transformer.loss_of_targets(
             params,
             spread(inputs, 0),
-            spread(targets, transformer.IGNORED),
+            spread(targets, IGNORED),
             config,
             positions=jnp.asarray(order, jnp.int32),
             segments=None if segments is None else spread(segments, 0),

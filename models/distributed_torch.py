@@ -16,8 +16,9 @@ Every array of the model is a DTensor over one mesh. `sharding.parameter_splits`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache, partial
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -42,14 +43,15 @@ from . import transformer
 from .arrays import Tree
 from .config import Config
 from .distributed_experts import balance, spread_mixture
+from .learners import NOT_TRAINED
 from .module import Layer, Transformer, call_layer, weights_of
 from .remat import remat as recomputed
-from .sharding import Parallel, parameter_splits
+from .sharding import RULES, Parallel, parameter_splits
+from .targets import IGNORED, within_documents
 
 ORDER = ("data", "expert", "fsdp", "context", "tensor")  # of the mesh: fsdp and context cut parameters together
-BATCH = ("data", "expert", "fsdp")
-CUT = ("fsdp", "context")
-NOT_TRAINED = "correction_bias"  # experts are chosen by it, and no gradient reaches it
+BATCH = tuple(axis for axis in ORDER if axis in RULES["batch"])
+CUT = RULES["embed"]
 
 
 def make_mesh(parallel: Parallel, device_type: str | None = None) -> DeviceMesh:
@@ -157,8 +159,7 @@ class ShardedTransformer(Transformer):
         targets, inputs = tokens[:, 1:].long(), tokens[:, :-1]
         if segments is not None:
             segments = torch.as_tensor(segments, device=device)
-            known = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-            targets, segments = targets.where(known, transformer.IGNORED), segments[:, :-1]
+            targets, segments = within_documents(targets, segments), segments[:, :-1]
         counted = torch.ones_like(inputs, dtype=torch.bool)
         params = self.callable_params(self._settle)
         routers: list[Tensor] = []
@@ -172,7 +173,7 @@ class ShardedTransformer(Transformer):
             result = transformer.loss_of_targets(
                 params,
                 self._spread(inputs),
-                self._spread(targets, transformer.IGNORED),
+                self._spread(targets, IGNORED),
                 self.config,
                 positions=self._positions(inputs.shape[1]),
                 segments=None if segments is None else self._spread(segments),
@@ -199,12 +200,12 @@ class ShardedTransformer(Transformer):
         order = torch.argsort(positions.full_tensor())
         return whole[:batch, order[:length]]
 
-    def spread(self) -> Any:
+    @contextmanager
+    def spread(self) -> Iterator[None]:
         """`crosstile.sharded` over the mesh; what is a constant among DTensors counts as whole."""
-        return _Both(
-            crosstile.sharded(self.mesh, context_form=self.parallel.context_form, balanced=self.balanced),
-            implicit_replication(),
-        )
+        sharded = crosstile.sharded(self.mesh, context_form=self.parallel.context_form, balanced=self.balanced)
+        with sharded, implicit_replication():
+            yield
 
     @property
     def stream(self) -> list[Placement]:
@@ -221,7 +222,7 @@ class ShardedTransformer(Transformer):
 
     def _spread(self, array: Tensor, fill: Any = 0) -> DTensor:
         """An array `[batch, seq]`, filled up to what the devices divide and put in their order."""
-        rows, columns = -array.shape[0] % self._rows, -array.shape[1] % self._columns
+        rows, columns = -array.shape[0] % self.parallel.batch_devices, -array.shape[1] % self._columns
         array = pad(array, (0, columns, 0, rows), value=fill)
         if self.balanced:
             array = array[:, balanced_order(array.shape[1], self.parallel.context)]
@@ -234,27 +235,8 @@ class ShardedTransformer(Transformer):
         return distribute_tensor(array, self.mesh, _placements(self.mesh, (("context",),)), src_data_rank=None)
 
     @property
-    def _rows(self) -> int:
-        return prod(self.parallel.sizes[axis] for axis in BATCH)
-
-    @property
     def _columns(self) -> int:
         return self.parallel.context * (2 if self.balanced else 1)
-
-
-class _Both:
-    """Two contexts as one."""
-
-    def __init__(self, first: Any, second: Any) -> None:
-        self._first, self._second = first, second
-
-    def __enter__(self) -> None:
-        self._first.__enter__()
-        self._second.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._second.__exit__(*error)
-        self._first.__exit__(*error)
 
 
 class _Settled(torch.autograd.Function):

@@ -15,6 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from .data import Corpus, batch_at, held_out_batches
+from .targets import is_predicted
 
 PACKINGS = ("windows", "segments", "pad")
 
@@ -36,7 +37,7 @@ class Batch:
         """int64 `[rows]`, the tokens of each that are predicted."""
         if self.segments is None:
             return np.full(len(self.tokens), self.tokens.shape[1] - 1)
-        return ((self.segments[:, 1:] == self.segments[:, :-1]) & (self.segments[:, 1:] != 0)).sum(1)
+        return is_predicted(self.segments).sum(1)
 
     def cut(self, count: int) -> list[tuple[Batch, float]]:
         """So many micro-batches, each with its share of all tokens that are predicted."""

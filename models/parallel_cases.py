@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 
 from .config import Config, Experts, Latent, Layer
+from .sharding import Parallel
 
 ROUNDINGS = 8  # of the precision, which an error may have beside twice that of one device
 SMALL = Config(
@@ -44,6 +48,55 @@ GEMMA = replace(
     tie_embeddings=True,
     qk_norm="head",
 )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form of a model on many devices, and what it is checked with.
+
+    Attributes:
+        name: of the row.
+        parallel: the axes.
+        config: of the model.
+        batch: rows of the batch.
+        seq: tokens of a row.
+        segments: whether a row holds several documents.
+        remat, balanced: as in `distributed_jax.train_step` and `distributed_torch.shard`.
+        precision: in which the model computes.
+        implementation: of the ops; None is the choice by device.
+    """
+
+    name: str
+    parallel: Parallel
+    config: Config = field(default=SMALL, repr=False)
+    batch: int = 8
+    seq: int = 16
+    segments: bool = False
+    remat: str = "none"
+    precision: str = "float32"
+    balanced: bool | None = None
+    implementation: str | None = None
+
+
+def batch_of(row: Row) -> tuple[np.ndarray, np.ndarray | None]:
+    """Random tokens int32 `[batch, seq + 1]`, and the segments if a row holds several documents, one with padding."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, row.config.vocab_size, (row.batch, row.seq + 1)).astype(np.int32)
+    if not row.segments:
+        return tokens, None
+    ends = rng.integers(2, row.seq // 2, (row.batch, 2)).cumsum(1)
+    segments = 1 + (np.arange(row.seq + 1)[None, :, None] >= ends[:, None]).sum(-1)
+    segments[0, -3:] = 0  # padding
+    return tokens, segments.astype(np.int32)
+
+
+def chosen(rows: Sequence[Row], words: Sequence[str]) -> list[Row]:
+    """The rows that have one of the words, or all without words. Exits with 2 where there is none."""
+    found = [row for row in rows if not words or any(word in row.name for word in words)]
+    if not found:
+        print(f"no row has one of {', '.join(words)}; they are {', '.join(row.name for row in rows)}", file=sys.stderr)
+        sys.exit(2)
+    return found
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,39 +21,25 @@ import crosstile
 
 from . import transformer
 from .arrays import Tree, tree_leaves
-from .config import Config, Layer
-from .parallel_cases import DEEPSEEK, GEMMA, GPT_OSS, MIXTRAL, SHARED, SMALL, Outcome, error, show
+from .config import Layer
+from .parallel_cases import (
+    DEEPSEEK,
+    GEMMA,
+    GPT_OSS,
+    MIXTRAL,
+    SHARED,
+    SMALL,
+    Outcome,
+    Row,
+    batch_of,
+    chosen,
+    error,
+    show,
+)
 from .sharding import Parallel
 
 DEVICES = 8
 MANY_HEADS = replace(SMALL, num_heads=8, num_kv_heads=8, head_dim=4)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One form of a model on many devices, and what it is checked with.
-
-    Attributes:
-        name: of the row.
-        parallel: the axes.
-        config: of the model.
-        batch: rows of the batch.
-        seq: tokens of a row.
-        segments: whether a row holds several documents.
-        remat, precision, balanced: as in `distributed_jax.train_step`.
-        implementation: of the ops; None is the choice by device.
-    """
-
-    name: str
-    parallel: Parallel
-    config: Config = field(default=SMALL, repr=False)
-    batch: int = 8
-    seq: int = 16
-    segments: bool = False
-    remat: str = "none"
-    precision: str = "float32"
-    balanced: bool | None = None
-    implementation: str | None = None
 
 
 def _context(size: int, form: str, **others: int) -> Parallel:
@@ -130,7 +116,7 @@ def check(row: Row) -> Outcome:
     import jax.numpy as jnp
 
     params = transformer.init(row.config, 0, "jax")
-    tokens, segments = _batch(row)
+    tokens, segments = batch_of(row)
     before = {path: np.asarray(array, np.float64) for path, array in tree_leaves(params).items()}
     exact = _on_one(row, params, tokens, segments, "float64")
     with jax.enable_x64(False):
@@ -155,17 +141,6 @@ def _distances(exact: np.ndarray, many: np.ndarray, one: np.ndarray) -> tuple[fl
     """How far two arrays are from the exact one, in its norm."""
     size = max(float(np.linalg.norm(exact)), 1e-30)
     return float(np.linalg.norm(many - exact)) / size, float(np.linalg.norm(one - exact)) / size
-
-
-def _batch(row: Row) -> tuple[np.ndarray, np.ndarray | None]:
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, row.config.vocab_size, (row.batch, row.seq + 1)).astype(np.int32)
-    if not row.segments:
-        return tokens, None
-    ends = rng.integers(2, row.seq // 2, (row.batch, 2)).cumsum(1)
-    segments = 1 + (np.arange(row.seq + 1)[None, :, None] >= ends[:, None]).sum(-1)
-    segments[0, -3:] = 0  # padding
-    return tokens, segments.astype(np.int32)
 
 
 def _optimizer() -> Any:
@@ -222,10 +197,7 @@ def _in_numpy(loss: Any, gradients: Tree, stepped: Tree) -> _Run:
 
 def main(words: list[str]) -> int:
     """Check the rows that have one of the words, or all."""
-    rows = [row for row in ROWS if not words or any(word in row.name for word in words)]
-    if not rows:
-        print(f"no row has one of {', '.join(words)}; they are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
-        return 2
+    rows = chosen(ROWS, words)
     prepare()
     outcomes = []
     for row in rows:

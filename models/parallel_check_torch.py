@@ -14,13 +14,13 @@ import pickle
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,74 +30,62 @@ import crosstile
 
 from . import transformer
 from .arrays import Tree, cast, tree_leaves, tree_map_with_path
-from .config import Config
-from .distributed_torch import NOT_TRAINED, ShardedTransformer, shard
-from .parallel_cases import DEEPSEEK, GEMMA, GPT_OSS, MIXTRAL, SHARED, SMALL, Outcome, error, show
+from .distributed_torch import ShardedTransformer, shard
+from .learners import NOT_TRAINED, in_precision
+from .parallel_cases import (
+    DEEPSEEK,
+    GEMMA,
+    GPT_OSS,
+    MIXTRAL,
+    SHARED,
+    SMALL,
+    Outcome,
+    Row,
+    batch_of,
+    chosen,
+    error,
+    show,
+)
 from .sharding import Parallel
 
 DEVICES = 4
 
 
-@dataclass(frozen=True)
-class Row:
-    """One form of a model on DEVICES devices, and what it is checked with.
-
-    Attributes:
-        name: of the row.
-        parallel: the axes.
-        config: of the model.
-        batch: rows of the batch.
-        seq: tokens of a row.
-        segments: whether a row holds several documents.
-        remat: as in `shard`, as is precision.
-        implementation: of the ops; None is the choice by device.
-    """
-
-    name: str
-    parallel: Parallel
-    config: Config = field(default=SMALL, repr=False)
-    batch: int = 4
-    seq: int = 16
-    segments: bool = False
-    remat: str = "none"
-    precision: str | None = None
-    implementation: str | None = None
-
-
+_row = partial(Row, batch=DEVICES)
 ROWS = (
-    Row("data 4", Parallel(data=4)),
-    Row("fsdp 4", Parallel(fsdp=4)),
-    Row("data 2, fsdp 2", Parallel(data=2, fsdp=2), segments=True),
-    Row("tensor 4", Parallel(tensor=4), replace(SMALL, num_kv_heads=4)),
-    Row("tensor 4, keys' heads not divided", Parallel(tensor=4)),
-    Row("tensor 2, fsdp 2", Parallel(tensor=2, fsdp=2)),
-    Row("tensor 2, data 2, as Gemma", Parallel(tensor=2, data=2), GEMMA),
-    Row("tensor 2, fsdp 2, latent", Parallel(tensor=2, fsdp=2), DEEPSEEK),
-    Row("expert 4", Parallel(expert=4), MIXTRAL),
-    Row("expert 2, tensor 2", Parallel(expert=2, tensor=2), MIXTRAL),
-    Row("expert 2, fsdp 2, a shared one", Parallel(expert=2, fsdp=2), SHARED),
-    Row("expert 2, tensor 2, as GPT-OSS", Parallel(expert=2, tensor=2), GPT_OSS),
-    Row("expert 2, context 2", Parallel(expert=2, context=2), MIXTRAL, batch=3, seq=13),
-    Row("context 4, gather", Parallel(context=4), segments=True),
-    Row("context 4, ring", Parallel(context=4, context_form="ring"), segments=True),
-    Row("context 4, ulysses", Parallel(context=4, context_form="ulysses"), segments=True),
-    Row("context 2, ring, sinks", Parallel(context=2, fsdp=2, context_form="ring"), GPT_OSS),
-    Row("context 2, tensor 2, gather", Parallel(context=2, tensor=2), GEMMA),
-    Row("context 2, tensor 2, ring", Parallel(context=2, tensor=2, context_form="ring"), GEMMA),
-    Row("context 2, tensor 2, ulysses", Parallel(context=2, tensor=2, context_form="ulysses"), GPT_OSS),
-    Row("context 2, fsdp 2, sinks", Parallel(context=2, fsdp=2), GPT_OSS),
-    Row("uneven batch", Parallel(fsdp=4), batch=3),
-    Row("uneven sequence", Parallel(context=4, context_form="ring"), seq=13),
-    Row("uneven heads", Parallel(tensor=2, fsdp=2), replace(SMALL, num_heads=3, num_kv_heads=3)),
-    Row("uneven vocabulary", Parallel(tensor=4), replace(SMALL, vocab_size=33, intermediate_size=50)),
-    Row("uneven parameters", Parallel(fsdp=4), replace(SMALL, vocab_size=33, hidden_size=30, intermediate_size=45)),
-    Row("remat full, fsdp 4", Parallel(fsdp=4), remat="full"),
-    Row("remat full, tensor 2, context 2", Parallel(tensor=2, context=2, context_form="ring"), remat="full"),
-    Row("remat products, fsdp 4", Parallel(fsdp=4), remat="products"),
-    Row("bfloat16, fsdp 4", Parallel(fsdp=4), precision="bfloat16"),
-    Row("bfloat16, tensor 2, fsdp 2", Parallel(tensor=2, fsdp=2), precision="bfloat16"),
-    Row("bfloat16, context 4", Parallel(context=4, context_form="ring"), precision="bfloat16"),
-    Row("triton interpreted", Parallel(tensor=2, fsdp=2), seq=8, batch=2, implementation="triton"),
+    _row("data 4", Parallel(data=4)),
+    _row("fsdp 4", Parallel(fsdp=4)),
+    _row("data 2, fsdp 2", Parallel(data=2, fsdp=2), segments=True),
+    _row("tensor 4", Parallel(tensor=4), replace(SMALL, num_kv_heads=4)),
+    _row("tensor 4, keys' heads not divided", Parallel(tensor=4)),
+    _row("tensor 2, fsdp 2", Parallel(tensor=2, fsdp=2)),
+    _row("tensor 2, data 2, as Gemma", Parallel(tensor=2, data=2), GEMMA),
+    _row("tensor 2, fsdp 2, latent", Parallel(tensor=2, fsdp=2), DEEPSEEK),
+    _row("expert 4", Parallel(expert=4), MIXTRAL),
+    _row("expert 2, tensor 2", Parallel(expert=2, tensor=2), MIXTRAL),
+    _row("expert 2, fsdp 2, a shared one", Parallel(expert=2, fsdp=2), SHARED),
+    _row("expert 2, tensor 2, as GPT-OSS", Parallel(expert=2, tensor=2), GPT_OSS),
+    _row("expert 2, context 2", Parallel(expert=2, context=2), MIXTRAL, batch=3, seq=13),
+    _row("context 4, gather", Parallel(context=4), segments=True),
+    _row("context 4, ring", Parallel(context=4, context_form="ring"), segments=True),
+    _row("context 4, ulysses", Parallel(context=4, context_form="ulysses"), segments=True),
+    _row("context 2, ring, sinks", Parallel(context=2, fsdp=2, context_form="ring"), GPT_OSS),
+    _row("context 2, tensor 2, gather", Parallel(context=2, tensor=2), GEMMA),
+    _row("context 2, tensor 2, ring", Parallel(context=2, tensor=2, context_form="ring"), GEMMA),
+    _row("context 2, tensor 2, ulysses", Parallel(context=2, tensor=2, context_form="ulysses"), GPT_OSS),
+    _row("context 2, fsdp 2, sinks", Parallel(context=2, fsdp=2), GPT_OSS),
+    _row("uneven batch", Parallel(fsdp=4), batch=3),
+    _row("uneven sequence", Parallel(context=4, context_form="ring"), seq=13),
+    _row("uneven heads", Parallel(tensor=2, fsdp=2), replace(SMALL, num_heads=3, num_kv_heads=3)),
+    _row("uneven vocabulary", Parallel(tensor=4), replace(SMALL, vocab_size=33, intermediate_size=50)),
+    _row("uneven parameters", Parallel(fsdp=4), replace(SMALL, vocab_size=33, hidden_size=30, intermediate_size=45)),
+    _row("remat full, fsdp 4", Parallel(fsdp=4), remat="full"),
+    _row("remat full, tensor 2, context 2", Parallel(tensor=2, context=2, context_form="ring"), remat="full"),
+    _row("remat products, fsdp 4", Parallel(fsdp=4), remat="products"),
+    _row("bfloat16, fsdp 4", Parallel(fsdp=4), precision="bfloat16"),
+    _row("bfloat16, tensor 2, fsdp 2", Parallel(tensor=2, fsdp=2), precision="bfloat16"),
+    _row("bfloat16, context 4", Parallel(context=4, context_form="ring"), precision="bfloat16"),
+    _row("triton interpreted", Parallel(tensor=2, fsdp=2), seq=8, batch=2, implementation="triton"),
 )
 
 
@@ -113,13 +101,14 @@ class _Run:
 def check(row: Row) -> Outcome:
     """Run a row in this process, one of DEVICES in the default group."""
     params = transformer.init(row.config, 0, "torch")
-    tokens, segments = _batch(row)
+    rows, documents = batch_of(row)
+    tokens, segments = torch.tensor(rows), None if documents is None else torch.tensor(documents)
     before = {path: array.double() for path, array in tree_leaves(params).items()}
     exact = _on_one(row, params, tokens, segments, "float64")
     one = _on_one(row, params, tokens, segments, row.precision)
     with crosstile.use(row.implementation) if row.implementation else nullcontext():
         many = _on_many(row, params, tokens, segments)
-    rounding = torch.finfo(getattr(torch, row.precision or "float32")).eps
+    rounding = torch.finfo(getattr(torch, row.precision)).eps
     errors = {"loss": error(abs(many.loss - exact.loss), abs(one.loss - exact.loss), rounding * abs(exact.loss))}
     for name in ("gradients", "stepped"):
         parts = []
@@ -132,28 +121,11 @@ def check(row: Row) -> Outcome:
     return Outcome(row.name, errors)
 
 
-def _batch(row: Row) -> tuple[Tensor, Tensor | None]:
-    rng = np.random.default_rng(0)
-    tokens = torch.tensor(rng.integers(0, row.config.vocab_size, (row.batch, row.seq + 1)))
-    if not row.segments:
-        return tokens, None
-    ends = rng.integers(2, row.seq // 2, (row.batch, 2)).cumsum(1)
-    places = np.arange(row.seq + 1)[None, :, None]
-    segments = 1 + (places >= ends[:, None]).sum(-1)
-    segments[0, -3:] = 0  # padding
-    return tokens, torch.tensor(segments)
-
-
-def _on_one(row: Row, params: Tree, tokens: Tensor, segments: Tensor | None, dtype: str | None) -> _Run:
-    kept = "float64" if dtype == "float64" else "float32"
+def _on_one(row: Row, params: Tree, tokens: Tensor, segments: Tensor | None, precision: str) -> _Run:
+    kept = "float64" if precision == "float64" else "float32"
     params = tree_map_with_path(lambda _, array: cast(array, kept).clone(), params)
     trained = {path: x.requires_grad_() for path, x in tree_leaves(params).items() if not path.endswith(NOT_TRAINED)}
-    computed = (
-        tree_map_with_path(lambda path, array: array if path.endswith(NOT_TRAINED) else cast(array, dtype), params)
-        if dtype
-        else params
-    )
-    loss = transformer.loss(computed, tokens, row.config, segments=segments)
+    loss = transformer.loss(in_precision(params, precision), tokens, row.config, segments=segments)
     loss.backward()
     gradients = {path: array.grad.clone() for path, array in trained.items() if array.grad is not None}
     _step(list(trained.values()))
@@ -166,7 +138,8 @@ def _on_many(row: Row, params: Tree, tokens: Tensor, segments: Tensor | None) ->
         row.parallel,
         params=tree_map_with_path(lambda _, array: array.clone(), params),
         remat=row.remat,
-        precision=row.precision,
+        precision=None if row.precision == "float32" else row.precision,
+        balanced=row.balanced,
     )
     loss = model.loss(tokens, segments)
     loss.backward()
@@ -213,10 +186,7 @@ def _checked(row: Row) -> Outcome:
 
 def main(words: list[str]) -> int:
     """Check the rows that have one of the words, or all."""
-    rows = [row for row in ROWS if not words or any(word in row.name for word in words)]
-    if not rows:
-        print(f"no row has one of {', '.join(words)}; they are {', '.join(row.name for row in ROWS)}", file=sys.stderr)
-        return 2
+    rows = chosen(ROWS, words)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo" if not torch.cuda.is_available() else None)
         outcomes = [_checked(row) for row in rows]

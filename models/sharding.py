@@ -107,6 +107,11 @@ class Parallel:
         """How many there are in all."""
         return prod(self.sizes.values())
 
+    @property
+    def batch_devices(self) -> int:
+        """Among how many the rows of a batch are dealt."""
+        return prod(self.sizes[axis] for axis in RULES["batch"])
+
 
 Split = tuple[tuple[str, ...], ...]  # of each dimension the mesh axes that split it
 

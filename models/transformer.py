@@ -39,8 +39,7 @@ from .mlp import Mixture, dense, mixture
 from .positions import turn
 from .shapes import is_matrix, shapes
 from .stacking import Run, is_stacked, scan
-
-IGNORED = -100  # a target that is not counted
+from .targets import IGNORED, within_documents
 
 
 def init(config: Config, seed: int = 0, framework: str = "torch", dtype: str = "float32", device: Any = None) -> Tree:
@@ -111,9 +110,8 @@ def loss(
     """
     targets = cast(like(tokens[:, 1:], params["embedding"]), "int32")
     if segments is not None:
-        xp, segments = namespace(params["embedding"]), like(segments, params["embedding"])
-        known = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-        targets, segments = xp.where(known, targets, IGNORED), segments[:, :-1]
+        segments = like(segments, params["embedding"])
+        targets, segments = within_documents(targets, segments), segments[:, :-1]
     return loss_of_targets(params, tokens[:, :-1], targets, config, segments=segments, z_loss=z_loss, run=run)
 
 

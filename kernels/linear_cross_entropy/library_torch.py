@@ -11,8 +11,9 @@ from torch import Tensor
 from .spec import IGNORED, LinearCrossEntropySpec
 
 TOKENS, ROWS = 512, 1024  # of a tile of logits
-KEPT_PART = 1 << 21  # of these a backward takes so many at a time: larger arrays are new memory each time
 KEPT = 1 << 24  # so many logits at most are kept, 64 MiB, and not computed again: a product of five less
+KEPT_PART = 1 << 22  # of these a backward takes so many at a time: larger arrays are new memory each time
+IN_CACHE = 1 << 20  # and a sum over rows so many, which it passes over more than once
 
 
 def statistics(spec: LinearCrossEntropySpec, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -62,7 +63,11 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def forward(spec: LinearCrossEntropySpec, *arrays: Any) -> tuple[Tensor, Tensor]:
         hidden, weight = arrays[:2]
-        dhidden, dweight = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (hidden, weight))
+        # Laid out as the inputs are: autograd would copy a transposed head's gradient into that order.
+        made = torch.empty_like if hidden.shape[1] else torch.zeros_like
+        dhidden, dweight = made(hidden), made(weight)
+        if not hidden.shape[1]:
+            return dhidden, dweight
         for at in range(hidden.shape[0]):
             rows: Iterator[Any] = (None if array is None else array[at] for array in arrays[2:])
             _gradients(spec, hidden[at], weight[at], *rows, results=(dhidden[at], dweight[at]))
@@ -123,7 +128,8 @@ def _statistics(
         if spec.softcap is not None:
             kept.div_(spec.softcap).tanh_().mul_(spec.softcap)
         picked = kept.gather(1, targets.long().clamp(0, kept.shape[1] - 1)[:, None])[:, 0]
-        results = [kept.logsumexp(1), torch.where(targets >= 0, picked, 0), kept.sum(1) if spec.sums else picked]
+        lse = torch.cat([part.logsumexp(1) for part in kept.split(_share(IN_CACHE, kept))])
+        results = [lse, torch.where(targets >= 0, picked, 0), kept.sum(1) if spec.sums else picked]
         return [torch.where(counted, row, 0) for row in results[: 2 + spec.sums]]
     peak = hidden.new_full((tokens,), float("-inf"), dtype=wide)
     total, found, whole = (torch.zeros_like(peak) for _ in range(3))
@@ -158,26 +164,29 @@ def _gradients(
     *,
     results: tuple[Tensor, Tensor],
 ) -> None:
-    """Add the gradients of one batch item to the results, which are zeros."""
+    """Write the gradients of one batch item, of one token at least, to the results."""
     wide = _wide(hidden)
     exact = hidden.dtype == wide  # then the results hold the sums
-    dhidden = results[0] if exact else torch.zeros(hidden.shape, dtype=wide, device=hidden.device)
+    dhidden = results[0] if exact else torch.empty(hidden.shape, dtype=wide, device=hidden.device)
     counted = targets != IGNORED
     whole = kept.shape[1] > 0
+    tokens = min(hidden.shape[0], _share(KEPT_PART, kept) if whole else TOKENS)
+    space = torch.empty_like(kept[:tokens])  # every part uses it anew
     for rows in _parts(weight.shape[0], weight.shape[0] if whole else ROWS):
         block = weight[rows].to(wide)
-        dblock = results[1][rows] if exact else torch.zeros_like(block)
-        for part in _parts(hidden.shape[0], max(64, KEPT_PART // weight.shape[0]) if whole else TOKENS):
+        dblock = results[1][rows] if exact else torch.empty_like(block)
+        for part in _parts(hidden.shape[0], tokens):
             there = counted[part][:, None]
             visible = torch.where(there, hidden[part], 0).to(wide)
             if whole:
                 logits, slope = kept[part], None
                 if spec.softcap is not None:
                     slope = (logits / spec.softcap).square_().neg_().add_(1)
+                gradient = torch.sub(logits, lse[part][:, None], out=space[: visible.shape[0]])
             else:
                 logits, slope = _logits(spec, visible, block)
-            gradient = (logits - lse[part][:, None]).exp_()
-            gradient.mul_(0 if dlse is None else dlse[part][:, None])
+                gradient = logits.sub_(lse[part][:, None])
+            gradient.exp_().mul_(0 if dlse is None else dlse[part][:, None])
             if dtarget is not None:
                 local = targets[part].long() - rows.start
                 here = (local >= 0) & (local < gradient.shape[1])
@@ -188,8 +197,8 @@ def _gradients(
             if slope is not None:
                 gradient.mul_(slope)
             gradient.masked_fill_(~there, 0)
-            dhidden[part].addmm_(gradient, block)
-            dblock.addmm_(gradient.T, visible)
+            dhidden[part].addmm_(gradient, block, beta=int(rows.start > 0))
+            dblock.addmm_(gradient.T, visible, beta=int(part.start > 0))
         if not exact:
             results[1][rows] = dblock.to(weight.dtype)
     if not exact:
@@ -219,6 +228,11 @@ def _dense(spec: LinearCrossEntropySpec, hidden: Tensor, weight: Tensor, targets
 
 def _wide(array: Tensor) -> torch.dtype:
     return torch.float64 if array.dtype == torch.float64 else torch.float32
+
+
+def _share(count: int, kept: Tensor) -> int:
+    """Of how many tokens the logits are about so many."""
+    return max(64, count // kept.shape[1])
 
 
 def _parts(size: int, part: int) -> Iterator[slice]:

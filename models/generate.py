@@ -72,6 +72,7 @@ def stream(
         return
     rng = np.random.default_rng(seed)
     tokens, end = prompt, prompt.shape[1] + max_new_tokens
+    runners: dict[bool, _Extend] = {}
     with _inference(params):
         logits, cache = _read(params, config, tokens, end)
         while True:
@@ -86,7 +87,8 @@ def stream(
                 logits, cache = _read(params, config, tokens, end)
                 continue
             step = like(chosen[:, None], params["embedding"])
-            out, cache = _runner(params, config, long, compile)(params, step, cache, position)
+            run = runners[long] = runners.get(long) or _runner(params, config, long, compile)
+            out, cache = run(params, step, cache, position)
             logits = out[:, 0]
 
 
@@ -116,8 +118,10 @@ def _runner(params: Tree, config: Config, long: bool, compile: bool = False) -> 
     if framework != "jax" and not (compile and framework == "torch"):
         return lambda params, tokens, cache, position: extend(params, tokens, config, cache, position, long)
     choice = crosstile.explain("matmul", embedding[:1], embedding[:1].T).choice
-    made = _compiled if framework == "jax" else _compiled_in_torch
-    return made(config, long, (choice.implementation, choice.target.name))
+    surroundings = (choice.implementation, choice.target.name)
+    if framework == "jax":
+        return _compiled(config, long, surroundings)
+    return _checked_once(_compiled_in_torch(config, long, surroundings))
 
 
 @lru_cache(maxsize=8)
@@ -141,6 +145,25 @@ def _compiled_in_torch(config: Config, long: bool, _surroundings: tuple[str | No
         return extend(params, tokens, config, cache, position, long)
 
     return torch.compile(run, dynamic=True)  # type: ignore[no-any-return]
+
+
+def _checked_once(compiled: _Extend) -> _Extend:
+    """The same for one text, in which nothing but the position changes: so what was compiled fits, if it did once.
+
+    torch looks at every parameter again in each call otherwise, which takes as long as reading 5 million of them.
+    """
+    import torch
+
+    known = False
+
+    def run(params: Tree, tokens: Array, cache: Tree, position: Any) -> tuple[Array, Tree]:
+        nonlocal known
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=known):
+            found = compiled(params, tokens, cache, position)
+        known = True
+        return found
+
+    return run
 
 
 def _inference(params: Tree) -> AbstractContextManager[Any]:

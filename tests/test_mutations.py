@@ -249,6 +249,15 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         ),
         "runs": FeatureProblem({"mask": DOCUMENTS}, with_runs(DOCUMENTS, 128, 128), 128, 128, 1),
         "dropout": FeatureProblem({"dropout": 0.4}, {"dropout_seed": ints(7, 1)}),
+        "few": AttentionProblem(3, 150, True),
+        "few, many heads": AttentionProblem(1, 70, True, (12, 1, 20, 12)),
+        "few, window, sinks": FeatureProblem(
+            {"window_left": 60, "window_right": 2},
+            {"q_lengths": ints(3, 2), "kv_lengths": ints(150, 97), "sinks": (2, 2)},
+            3,
+            150,
+        ),
+        "few, padded": FeatureProblem({}, {"q_lengths": ints(3, 1), "kv_lengths": ints(150, 70)}, 3, 150),
         "mask": FeatureProblem(
             {"mask": ("ne", ("mod", ("sub", ("i",), ("j",)), const(3)), plane(0))},
             {"plane0": np.resize(np.arange(3, dtype=np.int32), (2, 1, 40, 1))},
@@ -861,8 +870,10 @@ MATMUL_PALLAS = Suite(
         Mutation("residual dropped", E, "out = out + residual_ref", "out = out + 0 * residual_ref", problems=PLAIN),
         Mutation("activation dropped", E, "out = activate(activation, z)", "out = z", problems=("relu",)),
         Mutation("the other gelu", A, "return x * _normal_cdf(x)", "return x * _tanh_cdf(x)", problems=GELU),
-        Mutation("last tile along k skipped", P, "lambda: multiply(tail)", "lambda: None", problems=PLAIN),
-        Mutation("tail of k not masked", P, "lambda: multiply(tail)", "lambda: multiply(block_k)", problems=PLAIN),
+        Mutation("last tile along k skipped", P, "lambda: multiply(tail, last=True)", "lambda: None", problems=PLAIN),
+        Mutation(
+            "tail of k not masked", P, "multiply(tail, last=True)", "multiply(block_k, last=True)", problems=PLAIN
+        ),
         Mutation(
             "steps not summed", P, "product if steps == 1 else product +", "product if steps else", problems=PLAIN
         ),
@@ -885,6 +896,70 @@ MATMUL_PALLAS = Suite(
             ("square",),
         ),
         Mutation("rows past the end in dbias", E, "jnp.where(row < ", "jnp.where(row >= 0 * ", BACKWARD, ("tall",)),
+    ),
+)
+
+D = "attention/pallas_decode.py"
+FEW, FEW_WINDOW, FEW_PADDED = ("few",), ("few, window, sinks",), ("few, padded",)
+ATTENTION_DECODE = Suite(
+    "attention",
+    "pallas",
+    (
+        Mutation("few: no causal mask", D, "<= query + sequence.offset", "<= 1000 + sequence.offset", problems=FEW),
+        Mutation("few: window a key too wide", D, "- tiling.left", "- tiling.left - 1", problems=FEW_WINDOW),
+        Mutation(
+            "few: keys past their length", D, "(key < sequence.kv_len, shape)", "(key >= 0, shape)", problems=FEW_PADDED
+        ),
+        Mutation("few: the sum is not rescaled", D, "total_ref[head] * shrink", "total_ref[head]", problems=FEW),
+        Mutation("few: the accumulator is not rescaled", D, "acc[head] * shrink", "acc[head]", problems=FEW),
+        Mutation("few: the last block skipped", D, "(block < end)\n", "(block < end - 1)\n", problems=FEW),
+        Mutation("few: whole blocks skipped", D, "pl.when(is_whole)", "pl.when(is_whole & (block < 0))", problems=FEW),
+        Mutation(
+            "few: another block held",
+            D,
+            "jnp.clip(number, first, last)",
+            "jnp.clip(number - 2, first, last)",
+            problems=FEW,
+        ),
+        Mutation(
+            "few: a window begins elsewhere",
+            D,
+            "first = begin + ((which - begin)",
+            "first = begin + ((which + 1)",
+            problems=FEW_WINDOW,
+        ),
+        Mutation(
+            "few: queries and heads in the other order",
+            D,
+            "[row // self.group, row % self.group]",
+            "[row % self.group, row // self.group]",
+            problems=FEW,
+        ),
+        Mutation(
+            "few: only the first heads", D, "(b, h, block)), 0", "(b, 0 * h, block)), 0", problems=("few, many heads",)
+        ),
+        Mutation(
+            "few: scale 1% off",
+            D,
+            "products * (spec.softmax_scale",
+            "1.01 * products * (spec.softmax_scale",
+            problems=FEW,
+        ),
+        Mutation("few: lse in base 2", D, "jnp.log2(divisor)) * LN_2", "jnp.log2(divisor))", problems=FEW),
+        Mutation(
+            "few: sinks count for nothing",
+            D,
+            "total_ref[...] = jnp.where(sinks_ref[...] == -jnp.inf, 0.0, 1.0)",
+            "total_ref[...] = jnp.zeros_like(total_ref)",
+            problems=FEW_WINDOW,
+        ),
+        Mutation(
+            "few: queries past their length",
+            D,
+            "summed = jnp.where(exist, summed, 0)",
+            "summed = summed",
+            problems=FEW_PADDED,
+        ),
     ),
 )
 
@@ -940,7 +1015,15 @@ MATMUL_REFERENCE = Suite(
 PROBLEMS["matmul"]["square"] = MatmulProblem(None, (1, 40, 36, 36))
 PROBLEMS["matmul"]["tall"] = MatmulProblem(None, (1, 600, 8, 8))
 
-SUITES = (ATTENTION_TRITON, ATTENTION_PALLAS, MATMUL_TRITON, MATMUL_PALLAS, ATTENTION_REFERENCE, MATMUL_REFERENCE)
+SUITES = (
+    ATTENTION_TRITON,
+    ATTENTION_PALLAS,
+    ATTENTION_DECODE,
+    MATMUL_TRITON,
+    MATMUL_PALLAS,
+    ATTENTION_REFERENCE,
+    MATMUL_REFERENCE,
+)
 CASES = one_in(3, ((suite, mutation) for suite in SUITES for mutation in suite.mutations))
 
 

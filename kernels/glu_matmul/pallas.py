@@ -25,6 +25,7 @@ from ..tiles.pallas_gate import dz_of_gate
 from ..tiles.pallas_tiles import (
     LANES,
     LOW_PRODUCTS,
+    PRODUCTS_AT_ONCE,
     call_params,
     contract,
     elementwise_piece,
@@ -153,22 +154,30 @@ def _pair_kernel(
     Without one they are the results, kept and out.
     """
     step, last, piece = pl.program_id(3), steps["count"] - 1, steps["piece"]
-    lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece, turned)
-    for right_ref, sums, low in ((first_ref, first_sums, first_low), (second_ref, second_sums, second_low)):
-        rights = [right_ref] if right_parts is None else split_parts(right_ref, right_parts, piece)
-        _add_product((sums, low), lefts, rights, (1, 0), step == 0, **steps)
 
-    def finish(rows: Any, cols: Any) -> None:
-        first, second = _total(first_sums, first_low, rows, cols), _total(second_sums, second_low, rows, cols)
-        result = second if activation is None else activate(activation, first) * second
-        out_ref[rows, cols] = result.astype(out_ref.dtype)
+    def store_first(first: jax.Array, rows: Any, cols: Any) -> None:
+        kept_ref[rows, cols] = first.astype(kept_ref.dtype)
+
+    def store_second(second: jax.Array, rows: Any, cols: Any) -> None:
         if activation is None:
-            kept_ref[rows, cols] = first.astype(kept_ref.dtype)
-        elif kept_ref is not None:
+            out_ref[rows, cols] = second.astype(out_ref.dtype)
+            return
+        first = _total(first_sums, first_low, rows, cols)
+        out_ref[rows, cols] = (activate(activation, first) * second).astype(out_ref.dtype)
+        if kept_ref is not None:
             kept_ref[0, rows, cols] = first.astype(kept_ref.dtype)
             kept_ref[1, rows, cols] = second.astype(kept_ref.dtype)
 
-    pl.when(step == last)(lambda: in_pieces(out_ref.shape, piece, finish))
+    lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece, turned)
+    for right_ref, sums, low, store in (
+        (first_ref, first_sums, first_low, None if activation else store_first),
+        (second_ref, second_sums, second_low, store_second),
+    ):
+        rights = [right_ref] if right_parts is None else split_parts(right_ref, right_parts, piece)
+        _add_product((sums, low), lefts, rights, (1, 0), step == 0, store if low is None else None, **steps)
+        if low is not None and store is not None:
+            finish = _finish_of(store, sums, low)
+            pl.when(step == last)(lambda finish=finish: in_pieces(out_ref.shape, piece, finish))
 
 
 def _dx_kernel(
@@ -186,15 +195,17 @@ def _dx_kernel(
 ) -> None:
     """One step along k of a tile [m, n] of dx, of dz [m, k] and weights [n, k]."""
     step, last, piece = pl.program_id(3), steps["count"] - 1, steps["piece"]
+
+    def store(sums: jax.Array, rows: Any, cols: Any) -> None:
+        dx_ref[rows, cols] = sums.astype(dx_ref.dtype)
+
     for half, (left_ref, weight_ref) in enumerate(((dz_gate_ref, w_gate_ref), (dz_up_ref, w_up_ref))):
         lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece)
         rights = [weight_ref] if right_parts is None else split_parts(weight_ref, right_parts, piece)
-        _add_product((sums_ref, low_ref), lefts, rights, (1, 1), (step == 0) & (half == 0), **steps)
-
-    def finish(rows: Any, cols: Any) -> None:
-        dx_ref[rows, cols] = _total(sums_ref, low_ref, rows, cols).astype(dx_ref.dtype)
-
-    pl.when(step == last)(lambda: in_pieces(dx_ref.shape, piece, finish))
+        at_end = store if half == 1 and low_ref is None else None
+        _add_product((sums_ref, low_ref), lefts, rights, (1, 1), (step == 0) & (half == 0), at_end, **steps)
+    if low_ref is not None:
+        pl.when(step == last)(lambda: in_pieces(dx_ref.shape, piece, _finish_of(store, sums_ref, low_ref)))
 
 
 def _add_product(
@@ -203,38 +214,50 @@ def _add_product(
     rights: list[Any],
     axes: tuple[int, int],
     begins: Any,
+    store: Any | None,
     *,
     count: int,
     tail: int,
     columns: int,
     piece: tuple[int, int],
 ) -> None:
-    """Add a step's product to the sums, or begin them; float32 operands come in parts.
+    """Add a step's product to the sums, or begin them; what `store` is given of the last step is not written to them.
 
-    The products of the lower parts have sums of their own: those of an infinity are NaN, and do not count.
+    float32 operands come in parts. The products of the lower parts have sums of their own: those of an infinity are
+    NaN, and do not count.
     """
     sums_ref, low_ref = sums_refs
     step, block_k = pl.program_id(3), lefts[0].shape[1]
 
-    def multiply(length: int) -> None:
-        def add(total_ref: Any, pair: tuple[int, int], cols: Any, begins: Any) -> None:
+    def multiply(length: int, last: bool) -> None:
+        def add(total_ref: Any, pair: tuple[int, int], cols: Any, begins: Any) -> jax.Array:
             right = rights[pair[1]][:length, cols] if axes[1] == 0 else rights[pair[1]][cols, :length]
             product = contract(lefts[pair[0]][:, :length], right, axes)
-            total_ref[:, cols] = product + jnp.where(begins, 0, total_ref[:, cols])
+            return product + jnp.where(begins, 0, total_ref[:, cols])
 
         def some_columns(cols: Any) -> None:
-            add(sums_ref, (0, 0), cols, begins)
+            sums = add(sums_ref, (0, 0), cols, begins)
+            if last and store is not None:
+                store(sums, slice(None), cols)
+                return
+            sums_ref[:, cols] = sums
             for index, pair in enumerate(LOW_PRODUCTS if low_ref is not None else ()):
-                add(low_ref, pair, cols, begins & (index == 0))
+                low_ref[:, cols] = add(low_ref, pair, cols, begins & (index == 0))
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
-        in_chunks(sums_ref.shape[1], columns, some_columns)
+        in_chunks(sums_ref.shape[1], columns, some_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
 
-    if tail == block_k:
-        multiply(block_k)
+    if count == 1:
+        multiply(tail, last=True)
+    elif tail == block_k and store is None:
+        multiply(block_k, last=False)
     else:
-        pl.when(step < count - 1)(lambda: multiply(block_k))
-        pl.when(step == count - 1)(lambda: multiply(tail))
+        pl.when(step < count - 1)(lambda: multiply(block_k, last=False))
+        pl.when(step == count - 1)(lambda: multiply(tail, last=True))
+
+
+def _finish_of(store: Any, sums_ref: Any, low_ref: Any) -> Any:
+    return lambda rows, cols: store(_total(sums_ref, low_ref, rows, cols), rows, cols)
 
 
 def _total(sums_ref: Any, low_ref: Any | None, rows: Any, cols: Any) -> jax.Array:

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, call_params, elementwise_piece, in_pieces, whole_or_fit, write_parts
+from ..tiles.pallas_tiles import LANES, TURNED, call_params, elementwise_piece, in_pieces, whole_or_fit, write_parts
 from ..tiles.targets import Target
 from .pallas_products import add_product, scratch, set_zero, total
 from .pallas_schedule import Visits, fit_rows
@@ -109,7 +109,7 @@ def _drhs_kernel(
             values = masked(left_ref, rows, cols) if partly else left_ref[rows, cols]
             write_parts(left_parts, cols, rows, values.T)
 
-        in_pieces(left_parts.shape[1:], (LANES, LANES), turn)
+        in_pieces(left_parts.shape[1:], (LANES, LANES) if partly else TURNED, turn)
         lefts = [left_parts.at[index] for index in range(left_parts.shape[0])]
         for place, right_ref in enumerate(right_refs):
             rights = [right_ref]

@@ -217,42 +217,46 @@ def _product_kernel(
     a_refs = [a_ref] if a_parts is None else split_parts(a_ref, a_parts, piece, transpose_a)
     b_refs = [b_ref] if b_parts is None else split_parts(b_ref, b_parts, piece)
 
-    def multiply(length: int) -> None:
-        """Add the product over the first `length` of this step's k to the sums."""
+    def multiply(length: int, last: bool) -> None:
+        """Add the product over the first `length` of this step's k to the sums; the last step's are the result."""
 
-        def add(total_ref: Any, p: int, q: int, cols: Any, first: bool) -> None:
+        def add(total_ref: Any, p: int, q: int, cols: Any, first: bool) -> jax.Array:
             a_tile = a_refs[p][:, :length]
             if transpose_b:
                 product = contract(a_tile, b_refs[q][cols, :length], (1, 1))
             else:
                 product = contract(a_tile, b_refs[q][:length, cols], (1, 0))
-            if first:  # adding to zero at the first step costs less than a pass that writes zeros
-                total_ref[:, cols] = product if steps == 1 else product + jnp.where(step == 0, 0, total_ref[:, cols])
-            else:
-                total_ref[:, cols] += product
+            if not first:
+                return product + total_ref[:, cols]
+            # adding to zero at the first step costs less than a pass that writes zeros
+            return product if steps == 1 else product + jnp.where(step == 0, 0, total_ref[:, cols])
 
         def multiply_columns(cols: Any) -> None:
-            add(sums_ref, 0, 0, cols, first=True)
+            total = add(sums_ref, 0, 0, cols, first=True)
+            if low_ref is None and last:
+                finish(total, slice(None), cols, bias_ref, residual_ref, out_ref, preactivation_ref, activation)
+                return
+            sums_ref[:, cols] = total
             if low_ref is not None:
                 lower = LOW_PRODUCTS if len(a_refs) == 3 else LOW_PRODUCTS[-2:]  # of three parts, or of two
                 for index, (p, q) in enumerate(lower):
-                    add(low_ref, p, q, cols, first=index == 0)
+                    low_ref[:, cols] = add(low_ref, p, q, cols, first=index == 0)
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
         in_chunks(out_ref.shape[1], columns, multiply_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
 
     block_k = a_ref.shape[0 if transpose_a else 1]
-    if tail == block_k:
-        multiply(block_k)
+    if steps == 1:
+        multiply(tail, last=True)
     else:
-        pl.when(step < steps - 1)(lambda: multiply(block_k))
-        pl.when(step == steps - 1)(lambda: multiply(tail))
+        pl.when(step < steps - 1)(lambda: multiply(block_k, last=False))
+        pl.when(step == steps - 1)(lambda: multiply(tail, last=True))
+    if low_ref is None:
+        return
 
     def store(rows: Any, cols: Any) -> None:
-        z = sums_ref[rows, cols]
-        if low_ref is not None:
-            low = low_ref[rows, cols]
-            z += jnp.where(jnp.isnan(low), 0, low)  # the lower parts of an infinity are NaN, and do not count
+        low = low_ref[rows, cols]
+        z = sums_ref[rows, cols] + jnp.where(jnp.isnan(low), 0, low)  # the lower parts of an infinity are NaN
         finish(z, rows, cols, bias_ref, residual_ref, out_ref, preactivation_ref, activation)
 
     pl.when(step == steps - 1)(lambda: in_pieces(out_ref.shape, piece, store))

@@ -20,6 +20,7 @@ from .tpu_blocks import even_block, vmem_budget
 SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
+TURNED = (4 * LANES, 4 * LANES)  # of a block that is turned round, so that the turns of its pieces of 128 overlap
 PRODUCTS_AT_ONCE = 4  # of a loop over columns: between iterations the matrix unit runs empty. In parts each is many
 LOW_PRODUCTS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # of the parts of two float32, beside the leading (0, 0)
 
@@ -182,7 +183,7 @@ def split_parts(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bo
     def write(rows: Any, cols: Any) -> None:
         write_parts(parts_ref, rows, cols, block_ref[cols, rows].T if turn else block_ref[rows, cols])
 
-    in_pieces(parts_ref.shape[1:], (LANES, LANES) if turn else piece, write)
+    in_pieces(parts_ref.shape[1:], TURNED if turn else piece, write)
     return [parts_ref.at[index] for index in range(parts_ref.shape[0])]
 
 

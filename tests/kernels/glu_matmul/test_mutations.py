@@ -78,7 +78,7 @@ MUTATIONS = (
              "        sums = sums.to(tl.bfloat16).to(tl.float32)\n", "narrow"),
     Mutation("up not gated", P, "activate(activation, first) * second", "activate(activation, first)"),
     Mutation("kept in the other order", P, "kept_ref[0, rows, cols] = first", "kept_ref[0, rows, cols] = second"),
-    Mutation("k past the end counts", P, "lambda: multiply(tail)", "lambda: multiply(block_k)"),
+    Mutation("k past the end counts", P, "multiply(tail, last=True)", "multiply(block_k, last=True)"),
     Mutation("sums not begun", P, "jnp.where(begins, 0, total_ref[:, cols])", "total_ref[:, cols]"),
     Mutation("up begins anew", P, "(step == 0) & (half == 0)", "step == 0"),
     Mutation("dz_gate for both", P, "(dz_up_ref, w_up_ref)", "(dz_gate_ref, w_up_ref)"),

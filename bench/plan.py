@@ -21,7 +21,7 @@ from crosstile.models.sharding import Parallel
 from crosstile.models.stacking import period
 
 from .cores import CORES, HBM_LATENCY, HBM_SHARE, PROGRAM_SECONDS
-from .cycles import DUMP, cycles_of, run_child
+from .cycles import DUMP, Steering, cycles_of, run_child
 from .hlo import Instruction, Module, exchanged_bytes, parse, replica_groups
 from .ici import Pod, seconds, span
 from .plan_asked import Asked
@@ -161,7 +161,7 @@ def _candidates(
 ) -> Iterator[Asked]:
     policies = remats or (("none", "products", "full") if step == "train" else ("none",))
     for mesh in meshes or list(_meshes(config, pod, step)):
-        rows = mesh.batch_devices
+        rows = mesh.batch_parts
         for batch in batches or [rows * each for each in (1, 2, 3, 4, 6, 8)]:
             if batch % rows == 0:
                 for policy in policies:
@@ -192,7 +192,7 @@ def _compiled(asked: Asked, pod: Pod) -> Plan:
             sum(facts["memory"].values()),
             pod.hbm_bytes,
             facts["memory"],
-            timeline_of(module, folder / DUMP, pod, facts["places"]),
+            timeline_of(module, folder / DUMP, pod, facts["places"], facts["steering"]),
             facts["seconds"],
         )
 
@@ -205,8 +205,10 @@ def _refused(asked: Asked, pod: Pod, words: str) -> Plan:
     return Plan(asked, pod, used, available)
 
 
-def timeline_of(module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[int]]) -> Timeline:
-    """The replay of a compiled step, whose programs' bundles lie in `dump`."""
+def timeline_of(
+    module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[int]], steering: Steering = ()
+) -> Timeline:
+    """The replay of a compiled step, whose programs' bundles lie in `dump`, and whose kernels these words steer."""
     bandwidth = pod.bandwidth * HBM_SHARE
 
     def exchange(collective: Instruction) -> tuple[float, int]:
@@ -217,7 +219,7 @@ def timeline_of(module: Module, dump: Path, pod: Pod, places: Sequence[Sequence[
 
     return replay(
         module,
-        cycles=module.for_all(cycles_of(dump, pod.chip.name, module.programs)),
+        cycles=module.for_all(cycles_of(dump, pod.chip.name, module.programs, steering)),
         clock=CORES[pod.chip.name].clock,
         between=PROGRAM_SECONDS,
         exchange=exchange,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,8 @@ def plan_command(
     step: Annotated[str, typer.Option(help="train, prefill or decode.")] = "train",
     batch: Annotated[int | None, typer.Option(help="Sequences of all devices together. Searched without.")] = None,
     seq: Annotated[int, typer.Option(help="Tokens of a sequence; of decode, those in the cache.")] = 4096,
+    stage: Annotated[int, typer.Option(help="Stages of a pipeline, in training.")] = 1,
+    microbatches: Annotated[int, typer.Option(help="That pass the stages; 0 is as many as stages.")] = 0,
     data: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     fsdp: Annotated[
         int | None, typer.Option(help="Shards of the weights. What is left of the devices without.")
@@ -49,14 +52,15 @@ def plan_command(
     try:
         config = Config.from_pretrained(model) if Path(model).is_dir() else known(model)
         where = pod(chips)
-        fixed = {"data": data, "expert": expert, "context": context, "context_form": context_form}
+        fixed = {"stage": stage, "data": data, "expert": expert, "context": context}
+        options = {"microbatches": microbatches, "context_form": context_form}
         plans = search(
             config,
             where,
             step,
             seq,
             batches=[] if batch is None else [batch],
-            meshes=_meshes(where.devices, fixed, fsdp, tensor),
+            meshes=_meshes(where.devices, fixed, options, fsdp, tensor),
             remats=[] if remat is None else [remat],
             tries=tries,
             tell=lambda plan: console.print(plan_report.line(plan), style="dim", highlight=False, soft_wrap=True),
@@ -71,14 +75,16 @@ def plan_command(
         raise typer.Exit(1)
 
 
-def _meshes(devices: int, fixed: dict[str, Any], fsdp: int | None, tensor: int | None) -> list[Any]:
+def _meshes(
+    devices: int, fixed: dict[str, Any], options: dict[str, Any], fsdp: int | None, tensor: int | None
+) -> list[Any]:
     """The mesh that the options say; none where they leave it open."""
     from crosstile.models.sharding import Parallel
 
-    asked = any(value not in (1, "gather") for value in fixed.values())
+    asked = any(size > 1 for size in fixed.values()) or options != {"microbatches": 0, "context_form": "gather"}
     if fsdp is None and tensor is None and not asked:
         return []
-    others = fixed["data"] * fixed["expert"] * fixed["context"] * (tensor or 1)
+    others = prod(fixed.values()) * (tensor or 1)
     if fsdp is None and devices % others:
         raise ValueError(f"the other axes have {others} devices, which do not divide {devices}: change one of them")
-    return [Parallel(**fixed, fsdp=devices // others if fsdp is None else fsdp, tensor=tensor or 1)]
+    return [Parallel(**fixed, **options, fsdp=devices // others if fsdp is None else fsdp, tensor=tensor or 1)]

@@ -38,6 +38,7 @@ def estimate(asked: Asked, pod: Pod) -> Estimate:
     rows = tokens * mesh.tensor * config.hidden_size * 2
     summed = 0.0 if mesh.tensor == 1 else config.num_layers * (6 if training else 2) * 2 * rows / (links / 2)
     read = (weights + _cache(asked)) / pod.bandwidth if asked.step == "decode" else 0.0
+    compute *= mesh.ticks / mesh.microbatch_count
     seconds = max(compute, gathered, read) + summed
     needed = _MARGIN * _bytes(asked, tokens)
     return Estimate(seconds, needed, needed <= pod.hbm_bytes, seconds / (tokens * pod.devices))
@@ -47,7 +48,7 @@ def _bytes(asked: Asked, tokens: float) -> float:
     config, mesh = asked.config, asked.parallel
     if asked.step != "train":
         return 2 * config.num_params / mesh.tensor + _cache(asked)
-    shards = mesh.fsdp * mesh.context * mesh.tensor
+    shards = mesh.stage * mesh.fsdp * mesh.context * mesh.tensor
     state = 12 * config.num_params / shards
     gradients = 2 * config.num_params / shards
     layer = 2 * config.num_params / config.num_layers / mesh.tensor

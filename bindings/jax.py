@@ -20,7 +20,7 @@ from crosstile import numpy as on_host
 from crosstile.dispatch import Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import functions_of
-from crosstile.kernels.tiles.launch import Array, Plan, contiguous
+from crosstile.kernels.tiles.launch import Array, Launch, Plan, contiguous
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, nearest_cuda
 
 _TPU_KINDS = {  # jax's device_kind
@@ -269,7 +269,6 @@ def _run_on_gpu(
 
 def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ...]:
     """Each launch as a jax-triton call. All numbers are constants here, as JAX's shapes are."""
-    jax_triton = _jax_triton()
     memory = dict(arrays)
     described = {**plan.outputs, **plan.scratch}
     for launch in plan.launches:
@@ -278,9 +277,19 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
             continue
         for name in set(launch.inputs).intersection(described).difference(memory):  # a first part of it is written
             memory[name] = jnp.zeros(described[name].shape, described[name].dtype)
-        present = [name for name in launch.inputs if name]
-        results = jax_triton.triton_call(
-            *(memory[name] if name else 1 for name in launch.inputs),  # the kernels never read an absent array
+        results = _call(launch, described, target)({name: memory[name] for name in launch.inputs if name})
+        memory.update(zip(launch.outputs, results, strict=True))
+    return tuple(memory[name] for name in plan.outputs)
+
+
+def _call(launch: Launch, described: dict[str, Array], target: Target) -> Callable[[dict[str, Any]], Any]:
+    """A launch as a function of its arrays; under `vmap`, which jax-triton has not, one call after another."""
+    jax_triton = _jax_triton()
+    present = [name for name in launch.inputs if name]
+
+    def call(arrays: dict[str, Any]) -> Any:
+        return jax_triton.triton_call(
+            *(arrays[name] if name else 1 for name in launch.inputs),  # the kernels never read an absent array
             kernel=launch.kernel,
             out_shape=[_struct(described[name]) for name in launch.outputs],
             grid=launch.grid,
@@ -293,8 +302,8 @@ def _launch(plan: Plan, arrays: dict[str, Any], target: Target) -> tuple[Any, ..
             **launch.numbers,
             **{**launch.constants, **launch.without_memory},
         )
-        memory.update(zip(launch.outputs, results, strict=True))
-    return tuple(memory[name] for name in plan.outputs)
+
+    return jax.custom_batching.sequential_vmap(call)
 
 
 def _jax_triton() -> Any:

@@ -164,6 +164,7 @@ def sharded(
     vocab: str | tuple[str, ...] = "tensor",
     experts: str | tuple[str, ...] = "expert",
     features: str | tuple[str, ...] = ("fsdp", "context"),
+    stages: str | tuple[str, ...] = (),
     context_form: str = "gather",
     balanced: bool = False,
 ) -> Iterator[None]:
@@ -186,6 +187,8 @@ def sharded(
         experts: that split the experts of `moe`.
         features: along which weights lie in shards. Each device gathers these for its call, and the gradient of such a
             weight is summed into shards again, which is half of what a sum that all have would send.
+        stages: along which whole calls lie apart, each under a `jax.vmap` with this as its `spmd_axis_name`; they split
+            no dimension of an op.
         context_form: "gather" brings all keys to each device; "ring" passes them on and merges by logsumexp
             (arXiv:2310.01889); "ulysses" exchanges pieces of the sequence for heads (arXiv:2309.14509). A call that a
             form cannot run (bias, mask, mods, lengths or cross attention in a ring; heads that the axes do not divide)
@@ -204,7 +207,7 @@ def sharded(
         )
     sizes = dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True) if hasattr(mesh, "mesh_dim_names") else mesh.shape)
     named = {"batch": batch, "sequence": sequence, "heads": heads, "columns": columns, "vocab": vocab}
-    named |= {"experts": experts, "features": features}
+    named |= {"experts": experts, "features": features, "stages": stages}
     axes = {role: _present(value, sizes) for role, value in named.items()}
     axes |= {"keys": axes["sequence"], "kv_heads": axes["heads"], "rows": (*axes["sequence"], *axes["heads"])}
     idle = [axis for axis, size in sizes.items() if size > 1 and not any(axis in found for found in axes.values())]

@@ -37,11 +37,13 @@ from .arrays import Array, Tree
 from .config import Config, Experts, Layer
 from .learners import in_precision
 from .mlp import choose, of_experts, shared
+from .pipeline_jax import AXIS, Pipeline
 from .remat import remat as recomputed
 from .sharding import AXES, RULES, Parallel, parameter_splits
-from .stacking import period
+from .stacking import Run, period
 from .targets import IGNORED, within_documents
 
+STREAM = (RULES["batch"], ("context", "tensor"))  # of `[batch, seq, hidden]` between and within layers
 _COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -75,7 +77,7 @@ def make_mesh(parallel: Parallel, devices: Sequence[Any] | None = None) -> Mesh:
     if len(devices) != parallel.devices:
         raise ValueError(
             f"parallel: it has {parallel.devices} devices, and there are {len(devices)}: "
-            "change data, fsdp, expert, context or tensor, or pass as many devices"
+            "change stage, data, fsdp, expert, context or tensor, or pass as many devices"
         )
     sizes = tuple(parallel.sizes.values())
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
@@ -90,7 +92,8 @@ def shardings(config: Config, parallel: Parallel, mesh: Mesh, stacked: bool = Tr
     def place(split: Any, lead: tuple[Any, ...] = ()) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*lead, *(axes or None for axes in split)))
 
-    placed = [{name: place(split, (None,) * repeats) for name, split in layer.items()} for layer in layers]
+    lead = (AXIS if parallel.stage > 1 else None,) * repeats
+    placed = [{name: place(split, lead) for name, split in layer.items()} for layer in layers]
     return {**{name: place(split) for name, split in splits.items() if name != "layers"}, "layers": placed}
 
 
@@ -156,26 +159,35 @@ def loss(
     if segments is not None:
         targets, segments = within_documents(targets, segments), jnp.asarray(segments[:, :-1])
     batch, length = inputs.shape
-    rows = parallel.batch_devices
+    outside, features = RULES["batch outside layers"], RULES["embed outside layers"]
     columns = parallel.context * (2 if balanced else 1)
     whole = length + -length % columns
     order = np.array(balanced_order(whole, parallel.context)) if balanced else np.arange(whole)
 
-    def spread(array: Array, fill: int) -> Array:
-        array = jnp.pad(array, ((0, -batch % rows), (0, whole - length)), constant_values=fill)
-        return _constrained(array[:, order] if balanced else array, mesh)
+    def spread(array: Array, fill: int, batch_axes: tuple[str, ...] = RULES["batch"]) -> Array:
+        array = jnp.pad(array, ((0, -batch % parallel.batch_parts), (0, whole - length)), constant_values=fill)
+        return _constrained(array[:, order] if balanced else array, mesh, (batch_axes, ("context",)))
 
-    run = partial(_run, kept=(batch, np.argsort(order)[:length]), mesh=mesh)
-    with crosstile.sharded(mesh, context_form=parallel.context_form, balanced=balanced):
+    options: dict[str, Any] = {"context_form": parallel.context_form, "balanced": balanced}
+    counted = partial(_counted, kept=(batch, np.argsort(order)[:length]))
+    pipelined = parallel.stage > 1
+    layer = partial(_run, mesh=mesh, options=options, counted=None if pipelined else counted)
+    run: Run = recomputed(remat, "jax", layer)
+    if pipelined:
+        inside, around = (
+            partial(_constrained, mesh=mesh, splits=splits) for splits in (((AXIS,), *STREAM), (outside, STREAM[1]))
+        )
+        run = Pipeline(run, parallel.stage, parallel.microbatch_count, inside, around, counted)
+    with crosstile.sharded(mesh, batch=outside, features=features, **options):
         return transformer.loss_of_targets(
             params,
             spread(inputs, 0),
-            spread(targets, IGNORED),
+            spread(targets, IGNORED, outside),
             config,
             positions=jnp.asarray(order, jnp.int32),
             segments=None if segments is None else spread(segments, 0),
             z_loss=z_loss,
-            run=recomputed(remat, "jax", run),
+            run=run,
         )
 
 
@@ -188,17 +200,23 @@ def _run(
     segments: Array | None,
     long: bool,
     *,
-    kept: tuple[int, np.ndarray],
     mesh: Mesh,
+    options: dict[str, Any],
+    counted: Callable[[Array], Array] | None,
 ) -> tuple[Array, Array | None]:
-    """A layer, whose stream lies in pieces, and whose router has no rows or tokens that were added."""
+    """A layer, whose stream lies in pieces, and the logits of its router, those that count if it is said which."""
     x = constrain(x, mesh)
-    x, router = transformer.block(weights, x, layer, config, positions, segments, long, mixture)
-    if router is not None:
-        batch, columns = kept
-        router = router.reshape(*x.shape[:2], -1)[:batch]
-        router = router[:, columns].reshape(-1, router.shape[-1])
+    with crosstile.sharded(mesh, stages=AXIS, **options):
+        x, router = transformer.block(weights, x, layer, config, positions, segments, long, mixture)
+    if router is not None and counted:
+        router = counted(router.reshape(*x.shape[:2], -1)).reshape(-1, router.shape[-1])
     return constrain(x, mesh), router
+
+
+def _counted(router: Array, *, kept: tuple[int, np.ndarray]) -> Array:
+    """Of logits `[..., rows, seq, experts]` those of no row and no token that was added."""
+    batch, columns = kept
+    return router[..., :batch, :, :][..., columns, :]
 
 
 def constrain(x: Array, mesh: Mesh) -> Array:
@@ -207,18 +225,19 @@ def constrain(x: Array, mesh: Mesh) -> Array:
     So norms and sums run on a piece each, and a product's sum over tensor is scattered where it was reduced and copied
     (Korthikanti et al., arXiv:2205.05198).
     """
-    return _constrained(x, mesh, ("context", "tensor"))
+    return _constrained(x, mesh, STREAM)
 
 
-def _constrained(array: Array, mesh: Mesh, sequence: tuple[str, ...] = ("context",)) -> Array:
-    splits = []
-    for axes, size in zip((RULES["batch"], sequence), array.shape, strict=False):
+def _constrained(array: Array, mesh: Mesh, splits: tuple[tuple[str, ...], ...]) -> Array:
+    """The array, of whose first dimensions each is split by as many of its axes as divide it."""
+    found = []
+    for axes, size in zip(splits, array.shape, strict=False):
         chosen: tuple[str, ...] = ()
         for axis in axes:
             if size % prod(mesh.shape[one] for one in (*chosen, axis)) == 0:
                 chosen = (*chosen, axis)
-        splits.append(chosen or None)
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*splits)))
+        found.append(chosen or None)
+    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*found)))
 
 
 def mixture(weights: Tree, h: Array, config: Config, experts: Experts) -> tuple[Array, Array]:

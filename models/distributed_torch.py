@@ -59,8 +59,9 @@ def make_mesh(parallel: Parallel, device_type: str | None = None) -> DeviceMesh:
 
     Raises:
         RuntimeError: there is no default group.
-        ValueError: there are not as many processes.
+        ValueError: there are not as many processes; stages.
     """
+    _check_stages(parallel)
     if not dist.is_initialized():
         raise RuntimeError(
             "there is no process group: call torch.distributed.init_process_group() first, under torchrun"
@@ -112,8 +113,9 @@ def shard(
             attention alike for all. None: where the form is not "ulysses".
 
     Raises:
-        ValueError: more or fewer processes than `parallel` has devices; heads that "ulysses" cannot split.
+        ValueError: more or fewer processes than `parallel` has devices; heads that "ulysses" cannot split; stages.
     """
+    _check_stages(parallel)
     _check_heads(config, parallel)
     mesh = mesh or make_mesh(parallel)
     params = transformer.init(config, seed, "torch") if params is None else params
@@ -286,6 +288,13 @@ def _placements(mesh: DeviceMesh, split: tuple[tuple[str, ...], ...], only: tupl
     """Of each axis of the mesh the dimension that it splits."""
     dims = {axis: dim for dim, axes in enumerate(split) for axis in axes if axis in only}
     return [Shard(dims[axis]) if axis in dims else Replicate() for axis in names_of(mesh)]
+
+
+def _check_stages(parallel: Parallel) -> None:
+    if parallel.stage > 1:
+        raise ValueError(
+            f"stage: got {parallel.stage}; in torch it must be 1: shard the layers over fsdp instead, or train in JAX"
+        )
 
 
 def _check_heads(config: Config, parallel: Parallel) -> None:

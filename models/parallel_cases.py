@@ -50,6 +50,11 @@ GEMMA = replace(
 )
 
 
+def layers(config: Config, count: int) -> Config:
+    """The same with that many layers, alike or in turn."""
+    return replace(config, layers=(config.layers * count)[:count])
+
+
 @dataclass(frozen=True)
 class Row:
     """One form of a model on many devices, and what it is checked with.

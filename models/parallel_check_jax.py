@@ -34,11 +34,13 @@ from .parallel_cases import (
     batch_of,
     chosen,
     error,
+    layers,
     show,
 )
 from .sharding import Parallel
 
 DEVICES = 8
+UNEVEN = replace(SMALL, num_heads=3, num_kv_heads=3, vocab_size=33, layers=(Layer(),) * 2)
 MANY_HEADS = replace(SMALL, num_heads=8, num_kv_heads=8, head_dim=4)
 
 
@@ -77,6 +79,22 @@ ROWS = (
     Row("remat full, tensor 2, ring", _context(2, "ring", tensor=2, data=2), remat="full"),
     Row("remat products, fsdp 4, tensor 2", Parallel(fsdp=4, tensor=2), remat="products"),
     Row("layers stacked, fsdp 4, tensor 2", Parallel(fsdp=4, tensor=2), replace(SMALL, layers=(Layer(),) * 4)),
+    Row("stage 2, data 4", Parallel(stage=2, data=4), layers(SMALL, 4), segments=True),
+    Row("stage 4, fsdp 2", Parallel(stage=4, fsdp=2), layers(SMALL, 8)),
+    Row("stage 2, tensor 2, data 2, as Gemma", Parallel(stage=2, tensor=2, data=2), layers(GEMMA, 4)),
+    Row("stage 2, tensor 2, fsdp 2, latent", Parallel(stage=2, tensor=2, fsdp=2), DEEPSEEK),
+    Row("stage 2, context 4, gather", _context(4, "gather", stage=2), layers(GEMMA, 4), batch=2),
+    Row("stage 2, context 2, fsdp 2, ring", _context(2, "ring", stage=2, fsdp=2), layers(SMALL, 4), segments=True),
+    Row("stage 2, context 2, tensor 2, ulysses", _context(2, "ulysses", stage=2, tensor=2), layers(GPT_OSS, 4)),
+    Row("stage 2, expert 4", Parallel(stage=2, expert=4), layers(MIXTRAL, 4)),
+    Row("stage 2, expert 2, tensor 2, a shared one", Parallel(stage=2, expert=2, tensor=2), SHARED),
+    Row("stage 2, uneven batch", Parallel(stage=2, microbatches=3, expert=2, fsdp=2), MIXTRAL, batch=5, seq=13),
+    Row("stage 2, uneven heads", Parallel(stage=2, microbatches=4, tensor=2, fsdp=2), UNEVEN),
+    Row("stage 4, a microbatch of all rows", Parallel(stage=4, microbatches=1, data=2), layers(SMALL, 8), batch=3),
+    Row("stage 2, remat full", Parallel(stage=2, fsdp=4), layers(SMALL, 4), remat="full", segments=True),
+    Row("stage 2, remat products", Parallel(stage=2, tensor=2, fsdp=2), MIXTRAL, remat="products"),
+    Row("stage 2, bfloat16", Parallel(stage=2, fsdp=2, tensor=2), layers(SMALL, 4), precision="bfloat16"),
+    Row("stage 2, pallas interpreted", Parallel(stage=2, tensor=2), DEEPSEEK, 4, 8, implementation="pallas"),
     Row("bfloat16, fsdp 8", Parallel(fsdp=8), precision="bfloat16"),
     Row("bfloat16, tensor 2, fsdp 4", Parallel(tensor=2, fsdp=4), precision="bfloat16"),
     Row("bfloat16, context 4", _context(4, "ring", data=2), precision="bfloat16"),

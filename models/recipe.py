@@ -212,6 +212,11 @@ class Recipe:
         _one_of(self, framework=FRAMEWORKS, precision=PRECISIONS, remat=POLICIES)
         _at_least(self, 1, "steps")
         _at_least(self, 0, "seed")
+        if self.framework == "torch" and self.parallel.stage > 1:
+            raise ValueError(
+                f"parallel.stage: got {self.parallel.stage} in torch; it must be 1 there: "
+                'shard the layers over parallel.fsdp instead, or set framework = "jax"'
+            )
         if self.data.batch % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate: got {self.optimizer.accumulate}; data.batch {self.data.batch} must be a "

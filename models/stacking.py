@@ -53,7 +53,12 @@ def unstack(params: Tree, config: Config) -> Tree:
 def scan(
     run: Run, layers: list[Tree], x: Array, config: Config, positions: Array, segments: Array | None, long: bool
 ) -> tuple[Array, list[Array]]:
-    """x through all stacked layers, and their routers' logits `[tokens, experts]`, one array a place of the period."""
+    """x through all stacked layers, and their routers' logits `[tokens, experts]`, one array a place of the period.
+
+    A `run` that has a `scan` of its own says how: a pipeline.
+    """
+    if own := getattr(run, "scan", None):
+        return own(layers, x, config, positions, segments, long)  # type: ignore[no-any-return]
     import jax
 
     def step(x: Array, weights: list[Tree]) -> tuple[Array, Any]:

@@ -244,6 +244,13 @@ def test_what_is_asked_must_fit_the_mesh():
         Asked(config, "train", Parallel(fsdp=256), 100, 4096)
     with pytest.raises(ValueError, match=r"seq: got 4096; it must be a multiple of the context axis, 3"):
         Asked(config, "train", Parallel(context=3), 1, 4096)
+    staged = Parallel(stage=4, microbatches=8, fsdp=4)
+    with pytest.raises(ValueError, match=r"batch: got 16; it must be a multiple of 32, .* times 8 microbatches"):
+        Asked(config, "train", staged, 16, 4096)
+    with pytest.raises(ValueError, match="stage: got 4; decode has no pipeline"):
+        Asked(config, "decode", staged, 32, 4096)
+    with pytest.raises(ValueError, match="stage: got 5 for 32 layers"):
+        Asked(config, "train", Parallel(stage=5), 5, 4096)
     with pytest.raises(ValueError, match="step: got 'serve'"):
         Asked(config, "serve", Parallel(), 1, 4096)
     with pytest.raises(ValueError, match="16 devices in all; v5e:2x2 has 4"):

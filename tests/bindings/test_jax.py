@@ -133,6 +133,18 @@ def test_jax_reaches_the_triton_kernels_of_a_gpu(chip, capability):
 
 
 @needs_jax_triton
+def test_triton_kernels_take_vmap():
+    x, weight = jax.ShapeDtypeStruct((3, 8, 64), jnp.float16), jax.ShapeDtypeStruct((64,), jnp.float16)
+
+    def rows(x, weight):
+        return jax.vmap(crosstile.rms_norm, (0, None))(x, weight).astype(jnp.float32).sum()
+
+    with crosstile.target("sm_90"):
+        lowered = jax.jit(jax.grad(rows)).trace(x, weight).lower(lowering_platforms=("cuda",))
+    assert "triton_kernel_call" in lowered.as_text()
+
+
+@needs_jax_triton
 def test_matmul_lowers_for_cuda():
     a, b = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((64, 128), (128, 256)))
     bias = jax.ShapeDtypeStruct((256,), jnp.bfloat16)

@@ -15,6 +15,10 @@ pytest.importorskip("jax")
 import jax_devices
 from jax_devices import CALLS, HANDFUL
 
+from crosstile.models.parallel_cases import SMALL, layers
+from crosstile.models.pipeline_jax import Pipeline
+from crosstile.models.sharding import Parallel, parameter_splits
+
 SUPPORT = Path(jax_devices.__file__)
 
 
@@ -39,7 +43,11 @@ def test_a_model_on_many_devices_is_that_on_one(answers, name):
     assert answers["rows"][name]
 
 
-@pytest.mark.parametrize("name", sorted(jax_devices.broken()))
+def test_a_pipeline_is_the_model_on_one_device(answers):
+    assert answers["pipeline"] < 1e-6  # in float64; the routers' logits are float32
+
+
+@pytest.mark.parametrize("name", sorted(jax_devices.broken() | jax_devices.broken_pipelines()))
 def test_the_check_sees_what_is_broken(answers, name):
     assert answers["broken"][name]
 
@@ -65,6 +73,17 @@ for name, options, axes in (
     with pytest.raises(ValueError, match=name), crosstile.sharded(AbstractMesh((2,), (axes,)), **options):
         pass
 """
+
+
+def test_stages_divide_the_layers_and_the_layers_are_stacked():
+    config = layers(SMALL, 8)
+    parameter_splits(config, Parallel(stage=4))
+    with pytest.raises(ValueError, match=r"stage: got 3 for 8 layers, which repeat after 2; it must divide 4"):
+        parameter_splits(config, Parallel(stage=3))
+    with pytest.raises(ValueError, match="microbatches: got 4 with stage 1"):
+        Parallel(microbatches=4)
+    with pytest.raises(ValueError, match="a pipeline needs them stacked"):
+        Pipeline(None, 2, 2, None, None, None)({}, None)
 
 
 def test_what_cannot_be_is_refused():

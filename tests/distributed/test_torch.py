@@ -13,7 +13,9 @@ from crosstile.models.distributed_torch import shard
 from crosstile.models.sharding import Parallel
 
 
-def test_shard_needs_processes_and_heads_that_divide():
+def test_shard_needs_processes_and_heads_that_divide_and_has_no_stages():
+    with pytest.raises(ValueError, match="stage: got 2; in torch it must be 1"):
+        shard(Config.demo(), Parallel(stage=2))
     with pytest.raises(RuntimeError, match="init_process_group"):
         shard(Config.demo(), Parallel(fsdp=4))
     with pytest.raises(ValueError, match="context: got 8 with 4 heads"):

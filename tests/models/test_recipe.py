@@ -57,6 +57,8 @@ def test_a_file_and_what_overrides_it(tmp_path):
         ("framework=numpy", r"framework: got 'numpy'; it must be torch or jax"),
         ("data.packing=best", r"data\.packing: got 'best'; it must be windows or segments or pad"),
         ("optimizer.accumulate=3", r"optimizer\.accumulate: got 3; data\.batch 8 must be a multiple"),
+        ("parallel.stage=2", r"parallel\.stage: got 2 in torch; it must be 1 there"),
+        ("parallel={stage=2, microbatches=-1}", r"parallel\.microbatches: got -1 with stage 2"),
         ("parallel.fsdp=0", r"parallel\.fsdp: got 0"),
         ("model.config={hidden_size=3}", r"model\.start: got 'demo'; with a table of fields it must be \"config\""),
         ("seq", r"--set: got 'seq'; it must be section\.key=value"),

@@ -51,7 +51,7 @@ def run(out, stop=None, **parallel):
 """
 IN_JAX = """
 run(sys.argv[2])
-run(sys.argv[3], stop=3, fsdp=8)
+run(sys.argv[3], stop=3, stage=2, fsdp=4)
 run(sys.argv[3], data=2, fsdp=2, tensor=2)
 """
 

@@ -160,6 +160,34 @@ def error(call: Call) -> float:
     return max(_distance(*pair) for pair in zip(found, WANTED[repr(call)], strict=True))
 
 
+def pipeline_error() -> float:
+    """How far the loss and the gradients of a model in two stages in float64 are from those on one device."""
+    import jax
+
+    from crosstile.models import distributed_jax, transformer
+    from crosstile.models.arrays import tree_leaves
+    from crosstile.models.parallel_cases import MIXTRAL, Row, batch_of
+    from crosstile.models.sharding import Parallel
+    from crosstile.models.stacking import stack, unstack
+
+    config, parallel = MIXTRAL, Parallel(stage=2, microbatches=3, expert=2)
+    tokens, segments = batch_of(Row("", parallel, config, batch=5, seq=13, segments=True))
+    params = transformer.init(config, 0, "jax", "float64")
+    mesh = distributed_jax.make_mesh(parallel, jax.devices()[: parallel.devices])
+
+    def of_many(params):
+        return distributed_jax.loss(params, tokens, config, parallel, mesh, segments=segments)
+
+    if "pipeline" not in WANTED:
+        alone = jax.jit(jax.value_and_grad(lambda params: transformer.loss(params, tokens, config, segments=segments)))
+        WANTED["pipeline"] = alone(params)
+    loss, gradients = WANTED["pipeline"]
+    placed = distributed_jax.place(stack(params, config), config, parallel, mesh)
+    found, of_stacked = jax.jit(jax.value_and_grad(of_many))(placed)
+    ours, wanted = tree_leaves(unstack(of_stacked, config)), tree_leaves(gradients)
+    return max(_distance(found, loss), *(_distance(ours[path], wanted[path]) for path in wanted))
+
+
 def _known(name, shapes):
     rng = np.random.default_rng(1)
     batch, length = next(iter(shapes.values()))[:2]
@@ -217,6 +245,19 @@ def _mean_of_means(sharding, arguments, loss):
     return (rows.sum(1) / counts).mean()
 
 
+def broken_pipelines() -> dict:
+    """By name: what is broken."""
+    from crosstile.models.pipeline_jax import Pipeline
+
+    def patch(name, made):
+        return mock.patch.object(Pipeline, name, made)
+
+    return {
+        "bubbles that count": patch("_without_bubbles", lambda self, _, ticks: ticks[: self.microbatches]),
+        "the last microbatch left behind": patch("_finished", lambda self, out: out[self.stages - 2 : -1, -1]),
+    }
+
+
 def broken() -> dict:
     """By name: the call, and what is broken."""
     from crosstile import ring_jax, sharding_attention, sharding_cross_entropy, sharding_experts
@@ -268,6 +309,10 @@ def main(file: str) -> None:
     for name, (subject, enter) in broken().items():
         with enter():
             found["broken"][name] = error(CALLS[subject]) > 1e-6
+    found["pipeline"] = pipeline_error()
+    for name, enter in broken_pipelines().items():
+        with enter:
+            found["broken"][name] = pipeline_error() > 1e-3
     Path(file).write_bytes(pickle.dumps(found))
 
 

@@ -36,6 +36,7 @@ DUMP = "llo"  # the folder of the bundles, in that of a child
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _NAME = re.compile(r"(\d+)-(.+)-\d+-final_bundles\.txt")
 _AROUND = ("TLP", "<")  # the program around the kernels, and what starts and ends it
+Steering = Sequence[tuple[str, Mapping[str, Sequence[int]]]]
 
 
 class CyclesError(RuntimeError):
@@ -141,41 +142,52 @@ def run_child(
     return refusal.read_text() if refusal.exists() else child.stderr.strip()[-1500:]
 
 
-def predict_dump(
-    folder: Path, target: str, steering: Sequence[tuple[str, Mapping[str, Sequence[int]]]] = ()
-) -> tuple[Prediction, ...]:
+def predict_dump(folder: Path, target: str, steering: Steering = ()) -> tuple[Prediction, ...]:
     """Predict every program whose bundles lie in a folder, in the order of compilation.
 
     `steering` has, for each kernel by its name and in order, the words of its operands (see `steering.py`). The name is
     "" where the kernel's author gave none; the compiler then named it.
     """
-    waiting: dict[str, list[Words]] = {}
-    for name, words in steering:
-        waiting.setdefault(name, []).append({int(number): list(data) for number, data in words.items()})
+    waiting = _by_kernel(steering)
     found = []
     for path, name in _dumped(folder):
         if name.startswith(_AROUND):
             continue
         kernel = _KERNEL in _beside(path, "schedule-analysis_final_bundles.txt")
-        given = waiting.get(re.sub(r"\.\d+$", "", name)) or (waiting.get("", []) if kernel else [])
+        given = waiting.get(_plain(name)) or (waiting.get("", []) if kernel else [])
         found.append(_predict_program(path, name, kernel, target, given.pop(0) if given else {}))
     return tuple(found)
 
 
-def cycles_of(folder: Path, target: str, names: Container[str]) -> dict[str, float]:
+def cycles_of(folder: Path, target: str, names: Container[str], steering: Steering = ()) -> dict[str, float]:
     """Cycles of every program in a folder that the compiler made of one of these instructions, by its name.
 
-    Of a program that exchanges with other chips these are its own: it waits for none of them. A program that cannot be
-    run is left out.
+    `steering` is as in `predict_dump`; what it leaves open is taken for 0. Of a program that exchanges with other chips
+    these are its own: it waits for none of them. A program that cannot be run is left out.
     """
-    found, core = {}, CORES[target]
+    found, core, waiting = {}, CORES[target], _by_kernel(steering)
     for path, name in _dumped(folder):
         if name not in names:
             continue
+        given = waiting.get(_plain(name), [])
+        words = given.pop(0) if given else {}
         with suppress(MachineError, ScalarError, DeadlockError):
             machine = _machine(core, read_bundles(path))
-            found[name] = machine.run(core.memory(_alone(machine, core, {})), {}, neighbours=True).cycles
+            found[name] = machine.run(core.memory(_alone(machine, core, words)), words, neighbours=True).cycles
     return found
+
+
+def _by_kernel(steering: Steering) -> dict[str, list[Words]]:
+    """The words of the kernels of each name, in their order."""
+    found: dict[str, list[Words]] = {}
+    for name, words in steering:
+        found.setdefault(name, []).append({int(number): list(data) for number, data in words.items()})
+    return found
+
+
+def _plain(name: str) -> str:
+    """An instruction's name without the number that the compiler adds."""
+    return re.sub(r"\.\d+$", "", name)
 
 
 def _dumped(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -200,7 +212,7 @@ def _predict_program(path: Path, name: str, kernel: bool, target: str, words: Wo
         for first, visits in run.visits.items()
     )
     return Prediction(
-        program=re.sub(r"\.\d+$", "", name),
+        program=_plain(name),
         target=target,
         kernel=kernel,
         cycles=run.cycles,

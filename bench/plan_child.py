@@ -24,19 +24,22 @@ def compile_step(folder: Path) -> None:
     from crosstile.models.distributed_jax import make_mesh
 
     from .ici import places_of
-    from .plan_programs import program
+    from .plan_programs import known_values, program
+    from .steering import steering
 
     asked, pod = pickle.loads((folder / "asked.pickle").read_bytes())
     mesh = make_mesh(asked.parallel, topologies.get_topology_desc(pod.topology, platform="tpu").devices)
     step, arguments = program(asked, mesh)
     began = time.perf_counter()
     with crosstile.target(pod.chip.name):
-        lowered = step.trace(*arguments).lower(lowering_platforms=("tpu",))
+        traced = step.trace(*arguments)
+        lowered = traced.lower(lowering_platforms=("tpu",))
     compiled = lowered.compile()
     facts: dict[str, Any] = {
         "seconds": time.perf_counter() - began,
         "places": places_of(list(mesh.devices.flat)),
         "memory": _memory(compiled.memory_analysis()),
+        "steering": steering(traced.jaxpr, values) if (values := known_values(asked, arguments)) else [],
     }
     (folder / "module.txt").write_text(compiled.as_text())
     (folder / "facts.json").write_text(json.dumps(facts))

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -59,6 +60,14 @@ def _decode(asked: Asked, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     return jax.jit(step, donate_argnums=2), arguments
 
 
+def known_values(asked: Asked, arguments: tuple[Any, ...]) -> list[Any]:
+    """The leaves of the arguments of decoding, with its position: the last of the cache. [] where no value is known."""
+    if asked.step != "decode":
+        return []
+    *leaves, _ = jax.tree.leaves(arguments)
+    return [*leaves, np.int32(asked.seq - 1)]
+
+
 def _spread(asked: Asked, mesh: Mesh) -> Any:
     return crosstile.sharded(mesh, context_form=asked.parallel.context_form)
 
@@ -82,10 +91,10 @@ def _tokens(asked: Asked, mesh: Mesh, length: int) -> Any:
 def _cache(asked: Asked, mesh: Mesh) -> Any:
     config = asked.config
     heads = RULES["kv_heads"] if config.num_kv_heads % asked.parallel.tensor == 0 else ()
-    place = _sharding(mesh, RULES["batch"], (), heads, ())
+    place = _sharding(mesh, RULES["batch"], heads, (), ())
 
     def zeros(dim: int) -> Any:
-        return _struct((asked.batch, asked.seq, config.num_kv_heads, dim), COMPUTE, place)
+        return _struct((asked.batch, config.num_kv_heads, asked.seq, dim), COMPUTE, place)
 
     return [{"k": zeros(config.head_dim), "v": zeros(config.v_dim)} for _ in config.layers]
 

@@ -46,17 +46,28 @@ def _walk(jaxpr: Any, known: dict[Any, Any], found: list[tuple[str, Words]]) -> 
             found.append((equation.params["name"] or "", _words(values)))
             results: Sequence[Any] = [None] * len(equation.outvars)
         elif (inner := _called(equation)) is not None:
+            spread = equation.primitive.name == "shard_map"
+            if spread:
+                values = [
+                    _first_part(value, var.aval.shape) for value, var in zip(values, inner.jaxpr.invars, strict=True)
+                ]
             within = {var: _constant(value) for var, value in zip(inner.jaxpr.constvars, inner.consts, strict=True)}
             within |= dict(zip(inner.jaxpr.invars, values[-len(inner.jaxpr.invars) :], strict=True))
             _walk(inner.jaxpr, within, found)
-            results = [_value(var, within) for var in inner.jaxpr.outvars]
+            results = [None if spread else _value(var, within) for var in inner.jaxpr.outvars]
         else:
             results = _evaluate(equation, values)
         known |= dict(zip(equation.outvars, results, strict=True))
 
 
+def _first_part(value: Any, shape: tuple[int, ...]) -> Any:
+    """What the first of many devices has of a value."""
+    return None if value is None else value[tuple(slice(size) for size in shape)]
+
+
 def _called(equation: Any) -> Any:
-    """The jaxpr that an equation calls with its own inputs, or None: jit, custom derivatives and batching, remat."""
+    """The jaxpr that an equation calls with its own inputs, or None: jit, custom derivatives and batching, remat, and
+    what each of many devices runs."""
     for name in ("jaxpr", "call_jaxpr", "call"):
         inner = equation.params.get(name)
         if inner is not None and equation.primitive.name not in ("while", "scan", "cond", "reduce"):
@@ -70,10 +81,17 @@ def _called(equation: Any) -> Any:
 
 
 def _evaluate(equation: Any, values: Sequence[Any]) -> Sequence[Any]:
-    """The results, or None for each where an input has no value, or they are more than SMEM could hold."""
+    """The results, or None for each where an input has no value, they are more than SMEM could hold, or other devices
+    take part."""
+    unknown = [None] * len(equation.outvars)
     if any(value is None for value in values) or any(var.aval.size > MOST_WORDS for var in equation.outvars):
-        return [None] * len(equation.outvars)
-    results = equation.primitive.bind(*values, **equation.params)
+        return unknown
+    if equation.primitive.name == "axis_index":
+        return [np.int32(0)]
+    try:
+        results = equation.primitive.bind(*values, **equation.params)
+    except NameError:  # of an axis of the mesh
+        return unknown
     return results if equation.primitive.multiple_results else [results]
 
 

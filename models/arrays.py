@@ -126,12 +126,16 @@ def pick(array: Array, indices: Array) -> Array:
 
 
 def write(cache: Array, new: Array, position: Any) -> Array:
-    """`cache` `[batch, size, ...]` with `new` `[batch, length, ...]` at `position`, in place except in JAX."""
+    """`cache` `[batch, heads, size, dim]` with `new` `[batch, length, heads, dim]` at `position`.
+
+    NumPy and torch write in place, and so does a program of JAX to which the cache was donated.
+    """
+    new = new.swapaxes(1, 2)
     if framework_of(cache) == "jax":
         from jax.lax import dynamic_update_slice_in_dim
 
-        return dynamic_update_slice_in_dim(cache, new, position, axis=1)
-    cache[:, position : position + new.shape[1]] = new
+        return dynamic_update_slice_in_dim(cache, new, position, axis=2)
+    cache[:, :, position : position + new.shape[2]] = new
     return cache
 
 

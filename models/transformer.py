@@ -189,14 +189,15 @@ def block(
 
 
 def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:
-    """Keys and values of `size` positions for each layer, zeros: `[batch, size, kv_heads, head_dim]` and `v_dim`.
+    """Keys and values of `size` positions for each layer, zeros: `[batch, kv_heads, size, head_dim]` and `v_dim`.
 
-    Latent attention keeps the keys and values of all heads, not the narrow vectors that they come from.
+    A head's keys lie together, as kernels read them. Latent attention keeps the keys and values of all heads, not the
+    narrow vectors that they come from.
     """
     embedding = params["embedding"]
 
     def zeros(dim: int) -> Array:
-        whole = like(np.zeros((batch, size, config.num_kv_heads, dim), np.float32), embedding)
+        whole = like(np.zeros((batch, config.num_kv_heads, size, dim), np.float32), embedding)
         return namespace(embedding).zeros_like(cast(whole, dtype_name(embedding)))
 
     return [{"k": zeros(config.head_dim), "v": zeros(config.v_dim)} for _ in range(config.num_layers)]
@@ -225,6 +226,7 @@ def extend(
 
 def attend_cached(q: Array, k: Array, v: Array, position: Any, options: dict[str, Any]) -> Array:
     """Attention of q `[batch, length, heads, head_dim]`, at `position`, over a cache written up to its end."""
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
     if isinstance(position, int):
         end = position + q.shape[1]
         return crosstile.attention(q, k[:, :end], v[:, :end], **options)

@@ -12,6 +12,8 @@ A grid step holds a long stretch of the side that it walks in VMEM, so that the 
 runs over the visible tiles only, and computes a mask for those at the edge of a window or at an end. Within a tile, the
 parts are of a size that keeps scores in registers between two matrix products. Lengths are scalars that are fetched
 before the grid runs: one compilation serves them all. What a call leaves out leaves no instruction.
+
+Few queries, as decoding has, are another kernel's (`pallas_decode.py`): it reads keys and values as they lie.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ import jax.numpy as jnp
 from ..tiles.pallas_tiles import LOG2_E
 from ..tiles.targets import Target
 from .pallas_backward import backward as backward_of_qkv
+from .pallas_decode import can_decode
+from .pallas_decode import forward as forward_of_few
 from .pallas_forward import forward as forward_of_batch
 from .pallas_packed import packed_rows, packings, spread_inputs, spread_rows
 from .pallas_planes import gradient as gradient_of_plane
@@ -126,6 +130,8 @@ def _forward(
             lse = jnp.broadcast_to(arrays.sinks[:, :, None].astype(jnp.float32), lse.shape)
         return jnp.zeros((*arrays.q.shape[:3], arrays.v.shape[3]), spec.out_dtype), lse
     lengths = _lengths(arrays)
+    if can_decode(spec, arrays):
+        return forward_of_few(spec, config, target, arrays, lengths)
     arrays = _without_padding(arrays, lengths)
     return forward_of_batch(spec, config, target, arrays, lengths)
 

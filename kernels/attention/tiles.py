@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 from ..tiles.targets import MIB, Target
 from .spec import AttentionSpec
 
+_FEW = 32  # rows of one product with the keys, at most
+_KEYS_OF_FEW = 1024  # a megabyte of two heads' keys and values, of which a grid step brings some
+
 
 @dataclass(frozen=True)
 class AttentionTiles:
     """Tiles of one kernel: block_q queries against block_kv keys at a time.
 
-    num_warps, num_stages and descriptors are for GPUs; TPU kernels do not read them.
+    num_warps, num_stages and descriptors are for GPUs; TPU kernels do not read them, nor block_q where queries are few.
 
     Attributes:
         descriptors: 1: the chip's copy engine (TMA) loads the tiles of the sequence walked, where strides allow it.
@@ -69,10 +72,18 @@ def kinds_of(spec: AttentionSpec) -> dict[str, Any]:
     }
 
 
+def is_few(q_len: int, group: int) -> bool:
+    """Whether the queries of the heads that share a key head are so few that a TPU waits for the keys alone."""
+    return q_len * group <= _FEW
+
+
 def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | None = None) -> AttentionConfig:
     """Tiles for arrays of any length on that chip; kernels shrink a tile that is larger than its array."""
     if target.is_tpu:
-        return _for_tpu(spec, target)
+        config = _for_tpu(spec, target)
+        if sizes is not None and is_few(sizes.q_len, sizes.group):
+            return replace(config, forward=replace(config.forward, block_kv=_KEYS_OF_FEW))
+        return config
     if target.is_gpu:
         return _for_gpu(spec, target)
     small = AttentionTiles(32, 32)  # interpreted: several tiles even in a short test

@@ -32,6 +32,7 @@ from ..tiles.pallas_tiles import (
     in_chunks,
     in_pieces,
     split_parts,
+    turned_piece,
     whole_or_fit,
 )
 from ..tiles.reasons import pallas_reasons
@@ -58,7 +59,7 @@ def forward(
     weight = pl.BlockSpec((None, blocks[2], blocks[1]), lambda b, i, j, s: (b, s, j))
     both = pl.BlockSpec((None, 2, *blocks[:2]), lambda b, i, j, s: (b, 0, i, j))
     results = pl.pallas_call(
-        partial(_pair_kernel, activation=spec.activation, turned=False, **_steps(k, blocks[2], target)),
+        partial(_pair_kernel, activation=spec.activation, turned=None, **_steps(k, blocks[2], target)),
         grid=(batch, pl.cdiv(m, blocks[0]), pl.cdiv(n, blocks[1]), pl.cdiv(k, blocks[2])),
         in_specs=[pl.BlockSpec((None, blocks[0], blocks[2]), lambda b, i, j, s: (b, i, s)), weight, weight],
         out_specs=[None if kept is None else both, pl.BlockSpec((None, *blocks[:2]), lambda b, i, j, s: (b, i, j))],
@@ -93,7 +94,7 @@ def _dw(tiles: GluMatmulTiles, target: Target, x: jax.Array, dz: tuple[jax.Array
     block_m, block_n, block_k = blocks = _blocks(tiles, (m, n, k), target)
     right = pl.BlockSpec((None, block_k, block_n), lambda b, i, j, s: (b, s, j))
     found: list[jax.Array] = pl.pallas_call(
-        partial(_pair_kernel, activation=None, turned=True, **_steps(k, block_k, target)),
+        partial(_pair_kernel, activation=None, turned=turned_piece(target, x.dtype), **_steps(k, block_k, target)),
         grid=(batch, pl.cdiv(m, block_m), pl.cdiv(n, block_n), pl.cdiv(k, block_k)),
         in_specs=[pl.BlockSpec((None, block_k, block_m), lambda b, i, j, s: (b, s, i)), right, right],
         out_specs=[pl.BlockSpec((None, block_m, block_n), lambda b, i, j, s: (b, i, j))] * 2,
@@ -145,7 +146,7 @@ def _pair_kernel(
     left_parts: Any | None = None,
     right_parts: Any | None = None,
     activation: str | None,
-    turned: bool,
+    turned: tuple[int, int] | None,
     **steps: Any,
 ) -> None:
     """One step along k of a tile [m, n] of `left @ first` and of `left @ second`; left is [k, m] if turned.
@@ -168,7 +169,7 @@ def _pair_kernel(
             kept_ref[0, rows, cols] = first.astype(kept_ref.dtype)
             kept_ref[1, rows, cols] = second.astype(kept_ref.dtype)
 
-    lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece, turned)
+    lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, turned or piece, bool(turned))
     for right_ref, sums, low, store in (
         (first_ref, first_sums, first_low, None if activation else store_first),
         (second_ref, second_sums, second_low, store_second),
@@ -176,8 +177,7 @@ def _pair_kernel(
         rights = [right_ref] if right_parts is None else split_parts(right_ref, right_parts, piece)
         _add_product((sums, low), lefts, rights, (1, 0), step == 0, store if low is None else None, **steps)
         if low is not None and store is not None:
-            finish = _finish_of(store, sums, low)
-            pl.when(step == last)(lambda finish=finish: in_pieces(out_ref.shape, piece, finish))
+            pl.when(step == last)(partial(in_pieces, out_ref.shape, piece, _finish_of(store, sums, low)))
 
 
 def _dx_kernel(
@@ -205,7 +205,7 @@ def _dx_kernel(
         at_end = store if half == 1 and low_ref is None else None
         _add_product((sums_ref, low_ref), lefts, rights, (1, 1), (step == 0) & (half == 0), at_end, **steps)
     if low_ref is not None:
-        pl.when(step == last)(lambda: in_pieces(dx_ref.shape, piece, _finish_of(store, sums_ref, low_ref)))
+        pl.when(step == last)(partial(in_pieces, dx_ref.shape, piece, _finish_of(store, sums_ref, low_ref)))
 
 
 def _add_product(
@@ -241,8 +241,9 @@ def _add_product(
                 store(sums, slice(None), cols)
                 return
             sums_ref[:, cols] = sums
-            for index, pair in enumerate(LOW_PRODUCTS if low_ref is not None else ()):
-                low_ref[:, cols] = add(low_ref, pair, cols, begins & (index == 0))
+            if low_ref is not None:
+                for index, pair in enumerate(LOW_PRODUCTS):
+                    low_ref[:, cols] = add(low_ref, pair, cols, begins & (index == 0))
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
         in_chunks(sums_ref.shape[1], columns, some_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
@@ -257,6 +258,7 @@ def _add_product(
 
 
 def _finish_of(store: Any, sums_ref: Any, low_ref: Any) -> Any:
+    """Store a piece of a finished product."""
     return lambda rows, cols: store(_total(sums_ref, low_ref, rows, cols), rows, cols)
 
 

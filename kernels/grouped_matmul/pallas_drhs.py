@@ -16,7 +16,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, TURNED, call_params, elementwise_piece, in_pieces, whole_or_fit, write_parts
+from ..tiles.pallas_tiles import (
+    LANES,
+    call_params,
+    elementwise_piece,
+    in_pieces,
+    turned_piece,
+    whole_or_fit,
+    write_parts,
+)
 from ..tiles.targets import Target
 from .pallas_products import add_product, scratch, set_zero, total
 from .pallas_schedule import Visits, fit_rows
@@ -54,6 +62,7 @@ def drhs(
             visits=visits.count,
             columns=target.matrix_unit or LANES,
             piece=elementwise_piece(target),
+            turned=turned_piece(target, left.dtype),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
@@ -83,6 +92,7 @@ def _drhs_kernel(
     visits: int,
     columns: int,
     piece: tuple[int, int],
+    turned: tuple[int, int],
 ) -> None:
     """One visit: its rows [k] of left [k, m] and rights [k, n] are added to the tiles [m, n] of their group.
 
@@ -109,7 +119,8 @@ def _drhs_kernel(
             values = masked(left_ref, rows, cols) if partly else left_ref[rows, cols]
             write_parts(left_parts, cols, rows, values.T)
 
-        in_pieces(left_parts.shape[1:], (LANES, LANES) if partly else TURNED, turn)
+        masks = (max(LANES, turned[0] // 2), max(LANES, turned[1] // 2))  # they take registers too
+        in_pieces(left_parts.shape[1:], masks if partly else turned, turn)
         lefts = [left_parts.at[index] for index in range(left_parts.shape[0])]
         for place, right_ref in enumerate(right_refs):
             rights = [right_ref]

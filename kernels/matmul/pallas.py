@@ -30,6 +30,7 @@ from ..tiles.pallas_tiles import (
     in_chunks,
     in_pieces,
     split_parts,
+    turned_piece,
     whole_or_fit,
 )
 from ..tiles.reasons import pallas_reasons
@@ -154,6 +155,7 @@ def _product(
         tail=k - (steps - 1) * block_k,
         columns=target.matrix_unit or LANES,
         piece=piece_of(out.shape, target),
+        turned=turned_piece(target, a.dtype),
     )
     results = pl.pallas_call(
         partial(_each_item, one_item),
@@ -209,12 +211,13 @@ def _product_kernel(
     tail: int,
     columns: int,
     piece: tuple[int, int],
+    turned: tuple[int, int],
 ) -> None:
     """One step along k of one tile [m, n]: bias [1, n], residual, out, preactivation and sums [m, n].
 
     a is used as it lies, or first written to a_parts: turned round, and float32 as a sum of three bfloat16.
     """
-    a_refs = [a_ref] if a_parts is None else split_parts(a_ref, a_parts, piece, transpose_a)
+    a_refs = [a_ref] if a_parts is None else split_parts(a_ref, a_parts, turned if transpose_a else piece, transpose_a)
     b_refs = [b_ref] if b_parts is None else split_parts(b_ref, b_parts, piece)
 
     def multiply(length: int, last: bool) -> None:

@@ -103,6 +103,9 @@ def _launch(
 ) -> list[jax.Array]:
     """The arrays [batch, length, heads, head_dim], rotated by the tables [batch, length, width]."""
     batch, length, width = cos.shape
+    if length == 1:  # as when decoding: then the batch fills the sublanes
+        batch, length = 1, batch
+        cos, sin = (table.reshape(batch, length, width) for table in (cos, sin))
     rows = min(config.block_length, length)
     flat = [pad_to(x.reshape(batch, length, -1), 2, round_up(x.shape[2] * x.shape[3], LANES)) for x in arrays]
 

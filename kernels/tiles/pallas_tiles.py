@@ -20,7 +20,6 @@ from .tpu_blocks import even_block, vmem_budget
 SUBLANES, LANES = 8, 128  # the shape of a vector register of float32
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-TURNED = (4 * LANES, 4 * LANES)  # of a block that is turned round, so that the turns of its pieces of 128 overlap
 PRODUCTS_AT_ONCE = 4  # of a loop over columns: between iterations the matrix unit runs empty. In parts each is many
 LOW_PRODUCTS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # of the parts of two float32, beside the leading (0, 0)
 
@@ -168,12 +167,21 @@ def elementwise_piece(target: Target) -> tuple[int, int]:
     return {"v4": (16, 256), "interpret": (64, 512)}.get(target.name, (16, 512))
 
 
+def turned_piece(target: Target, dtype: Any) -> tuple[int, int]:
+    """The same where a block is turned round: what is turned at a time is 128 by 128, and several of 16 bits overlap.
+
+    XLA on a CPU would turn a block that is one piece by multiplying the other way, for which it has no bfloat16.
+    """
+    alone = target.interpreted or few_registers(target) or dtype == jnp.float32
+    return (LANES, LANES) if alone else (4 * LANES, 4 * LANES)
+
+
 def in_pieces(shape: tuple[int, int], piece: tuple[int, int], body: Callable[[Any, Any], None]) -> None:
     """Run an elementwise body on pieces of a tile, so that nothing goes to memory between load and store."""
     in_chunks(shape[0], piece[0], lambda rows: in_chunks(shape[1], piece[1], lambda cols: body(rows, cols)))
 
 
-def split_parts(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bool = False) -> list[Any]:
+def split_parts(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turned: bool = False) -> list[Any]:
     """Write a block as a sum of parts, [parts, rows, columns], turned round where asked.
 
     Three bfloat16 hold all 24 bits of a float32. Six products of them, those down to 2**-16 of the largest, give the
@@ -181,9 +189,9 @@ def split_parts(block_ref: Any, parts_ref: Any, piece: tuple[int, int], turn: bo
     """
 
     def write(rows: Any, cols: Any) -> None:
-        write_parts(parts_ref, rows, cols, block_ref[cols, rows].T if turn else block_ref[rows, cols])
+        write_parts(parts_ref, rows, cols, block_ref[cols, rows].T if turned else block_ref[rows, cols])
 
-    in_pieces(parts_ref.shape[1:], TURNED if turn else piece, write)
+    in_pieces(parts_ref.shape[1:], piece, write)
     return [parts_ref.at[index] for index in range(parts_ref.shape[0])]
 
 

@@ -312,6 +312,31 @@ def test_what_steers_is_computed_through_calls():
     assert np.array_equal(more, [1, 2, 2])
 
 
+def test_a_kernel_on_many_devices_is_steered_by_what_the_first_has():
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.sharding import AbstractMesh, PartitionSpec
+
+    mesh = AbstractMesh((2, 2), ("rows", "others"))
+
+    def kernel(lengths, at, out):
+        out[...] = lengths[...] + at[...]
+
+    def of_one(lengths):
+        at = jnp.broadcast_to(jax.lax.axis_index("rows"), lengths.shape)
+        total = jax.lax.psum(lengths, "others")  # nobody here knows what the others have
+        return (
+            pl.pallas_call(kernel, jax.ShapeDtypeStruct(lengths.shape, jnp.int32), name="one")(lengths + 1, at) + total
+        )
+
+    spread = jax.shard_map(
+        of_one, mesh=mesh, in_specs=PartitionSpec("rows"), out_specs=PartitionSpec("rows"), check_vma=False
+    )
+    program = jax.make_jaxpr(spread)(jnp.zeros(4, jnp.int32))
+    assert steering(program, (np.array([5, 6, 7, 8], np.int32),)) == [("one", {0: [6, 7], 1: [0, 0]})]
+
+
 @pytest.mark.parametrize("name", [shape.name for shape in SHAPES])
 def test_every_integer_of_a_named_shape_has_a_value(name):
     shape = get_shape(name)

@@ -72,7 +72,7 @@ def test_heads(q_heads, k_heads):
     check(Problem(q_heads=q_heads, k_heads=k_heads, head_dim=32))
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 16), (1, 33), (2, 0), (0, 5)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (37, 1), (3, 16), (1, 33), (2, 0), (0, 5)])
 def test_sizes(batch, length):
     check(Problem(batch=batch, length=length))
 

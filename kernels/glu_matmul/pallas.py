@@ -29,6 +29,7 @@ from ..tiles.pallas_tiles import (
     call_params,
     contract,
     elementwise_piece,
+    few_registers,
     in_chunks,
     in_pieces,
     split_parts,
@@ -219,6 +220,7 @@ def _add_product(
     count: int,
     tail: int,
     columns: int,
+    at_once: int,
     piece: tuple[int, int],
 ) -> None:
     """Add a step's product to the sums, or begin them; what `store` is given of the last step is not written to them.
@@ -246,7 +248,7 @@ def _add_product(
                     low_ref[:, cols] = add(low_ref, pair, cols, begins & (index == 0))
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
-        in_chunks(sums_ref.shape[1], columns, some_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
+        in_chunks(sums_ref.shape[1], columns, some_columns, 1 if low_ref is not None else at_once)
 
     if count == 1:
         multiply(tail, last=True)
@@ -285,6 +287,7 @@ def _steps(k: int, block_k: int, target: Target) -> dict[str, Any]:
         "count": count,
         "tail": k - (count - 1) * block_k,
         "columns": target.matrix_unit or LANES,
+        "at_once": 1 if few_registers(target) else PRODUCTS_AT_ONCE,
         "piece": elementwise_piece(target),
     }
 

@@ -287,7 +287,7 @@ def _steps(k: int, block_k: int, target: Target) -> dict[str, Any]:
         "count": count,
         "tail": k - (count - 1) * block_k,
         "columns": target.matrix_unit or LANES,
-        "at_once": 1 if few_registers(target) else PRODUCTS_AT_ONCE,
+        "at_once": 1 if few_registers(target) else PRODUCTS_AT_ONCE // 2,  # each is compiled for two matrices
         "piece": elementwise_piece(target),
     }
 

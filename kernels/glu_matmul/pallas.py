@@ -155,7 +155,7 @@ def _pair_kernel(
     With an activation they are gate and up: out is what they make, and kept [2, m, n] has both where it is there.
     Without one they are the results, kept and out.
     """
-    step, last, piece = pl.program_id(3), steps["count"] - 1, steps["piece"]
+    step, piece = pl.program_id(3), steps["piece"]
 
     def store_first(first: jax.Array, rows: Any, cols: Any) -> None:
         kept_ref[rows, cols] = first.astype(kept_ref.dtype)
@@ -176,9 +176,7 @@ def _pair_kernel(
         (second_ref, second_sums, second_low, store_second),
     ):
         rights = [right_ref] if right_parts is None else split_parts(right_ref, right_parts, piece)
-        _add_product((sums, low), lefts, rights, (1, 0), step == 0, store if low is None else None, **steps)
-        if low is not None and store is not None:
-            pl.when(step == last)(partial(in_pieces, out_ref.shape, piece, _finish_of(store, sums, low)))
+        _add_product((sums, low), lefts, rights, (1, 0), step == 0, store, **steps)
 
 
 def _dx_kernel(
@@ -195,7 +193,7 @@ def _dx_kernel(
     **steps: Any,
 ) -> None:
     """One step along k of a tile [m, n] of dx, of dz [m, k] and weights [n, k]."""
-    step, last, piece = pl.program_id(3), steps["count"] - 1, steps["piece"]
+    step, piece = pl.program_id(3), steps["piece"]
 
     def store(sums: jax.Array, rows: Any, cols: Any) -> None:
         dx_ref[rows, cols] = sums.astype(dx_ref.dtype)
@@ -203,10 +201,8 @@ def _dx_kernel(
     for half, (left_ref, weight_ref) in enumerate(((dz_gate_ref, w_gate_ref), (dz_up_ref, w_up_ref))):
         lefts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece)
         rights = [weight_ref] if right_parts is None else split_parts(weight_ref, right_parts, piece)
-        at_end = store if half == 1 and low_ref is None else None
+        at_end = store if half == 1 else None
         _add_product((sums_ref, low_ref), lefts, rights, (1, 1), (step == 0) & (half == 0), at_end, **steps)
-    if low_ref is not None:
-        pl.when(step == last)(partial(in_pieces, dx_ref.shape, piece, _finish_of(store, sums_ref, low_ref)))
 
 
 def _add_product(
@@ -223,13 +219,15 @@ def _add_product(
     at_once: int,
     piece: tuple[int, int],
 ) -> None:
-    """Add a step's product to the sums, or begin them; what `store` is given of the last step is not written to them.
+    """Add a step's product to the sums, or begin them; `store` is given the finished ones in the last step.
 
     float32 operands come in parts. The products of the lower parts have sums of their own: those of an infinity are
-    NaN, and do not count.
+    NaN, and do not count. Without such the last sums go to `store` as they come, and are not written.
     """
     sums_ref, low_ref = sums_refs
     step, block_k = pl.program_id(3), lefts[0].shape[1]
+    at_once = at_once if low_ref is None else 1
+    directly = store if low_ref is None else None
 
     def multiply(length: int, last: bool) -> None:
         def add(total_ref: Any, pair: tuple[int, int], cols: Any, begins: Any) -> jax.Array:
@@ -239,8 +237,8 @@ def _add_product(
 
         def some_columns(cols: Any) -> None:
             sums = add(sums_ref, (0, 0), cols, begins)
-            if last and store is not None:
-                store(sums, slice(None), cols)
+            if last and directly is not None:
+                directly(sums, slice(None), cols)
                 return
             sums_ref[:, cols] = sums
             if low_ref is not None:
@@ -248,20 +246,21 @@ def _add_product(
                     low_ref[:, cols] = add(low_ref, pair, cols, begins & (index == 0))
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
-        in_chunks(sums_ref.shape[1], columns, some_columns, 1 if low_ref is not None else at_once)
+        in_chunks(sums_ref.shape[1], columns, some_columns, at_once)
 
     if count == 1:
         multiply(tail, last=True)
-    elif tail == block_k and store is None:
+    elif tail == block_k and directly is None:
         multiply(block_k, last=False)
     else:
         pl.when(step < count - 1)(lambda: multiply(block_k, last=False))
         pl.when(step == count - 1)(lambda: multiply(tail, last=True))
+    if store is not None and directly is None:
 
+        def finish(rows: Any, cols: Any) -> None:
+            store(_total(sums_ref, low_ref, rows, cols), rows, cols)
 
-def _finish_of(store: Any, sums_ref: Any, low_ref: Any) -> Any:
-    """Store a piece of a finished product."""
-    return lambda rows, cols: store(_total(sums_ref, low_ref, rows, cols), rows, cols)
+        pl.when(step == count - 1)(lambda: in_pieces(sums_ref.shape, piece, finish))
 
 
 def _total(sums_ref: Any, low_ref: Any | None, rows: Any, cols: Any) -> jax.Array:

@@ -148,6 +148,18 @@ FEATURES: dict[str, Callable[[np.random.Generator], Problem]] = {
 }
 
 
+def problem_of(*steps: Callable[[Problem], Any], shape: tuple[int, ...]) -> Callable[[], Problem]:
+    """What makes a problem of that shape, the same each time, changed by these steps."""
+
+    def make() -> Problem:
+        problem = Problem(np.random.default_rng(0), shape)
+        for step in steps:
+            step(problem)
+        return problem
+
+    return make
+
+
 @dataclass
 class PackedProblem(Problem):
     """Packed sequences of these lengths, and a few tokens more that no sequence has."""

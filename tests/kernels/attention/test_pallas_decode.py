@@ -9,18 +9,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_problems import Problem
+from attention_problems import Problem, problem_of
 from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_within, rounded
 
@@ -34,17 +32,7 @@ from crosstile.kernels.tiles.expressions import plane
 from crosstile.kernels.tiles.pallas_tiles import interpreter
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, get_target
 
-SHAPE = (3, 1, 150, 6, 2, 16, 24)
-
-
-def of(*steps: Callable[[Problem], Any], shape: tuple[int, ...] = SHAPE) -> Callable[[], Problem]:
-    def make() -> Problem:
-        problem = Problem(np.random.default_rng(0), shape)
-        for step in steps:
-            step(problem)
-        return problem
-
-    return make
+of = partial(problem_of, shape=(3, 1, 150, 6, 2, 16, 24))
 
 
 def has_mods(problem: Problem) -> None:

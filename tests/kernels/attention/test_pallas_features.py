@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_problems import PackedProblem, Problem
+from attention_problems import PackedProblem, Problem, problem_of
 from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_within, rounded
 
@@ -37,16 +38,7 @@ SHAPE = (2, 70, 90, 4, 2, 16, 24)
 MORE_QUERIES = (1, 90, 70, 4, 2, 16, 24)
 FEW_REGISTERS = replace(INTERPRET, on_chip_bytes=16 * MIB)
 RESULTS = ("out", "lse", *INPUTS)
-
-
-def of(*steps: Callable[[Problem], Any], shape: tuple[int, ...] = SHAPE) -> Callable[[], Problem]:
-    def make() -> Problem:
-        problem = Problem(np.random.default_rng(0), shape)
-        for step in steps:
-            step(problem)
-        return problem
-
-    return make
+of = partial(problem_of, shape=SHAPE)
 
 
 def packed(*steps: Callable[[Problem], Any]) -> Callable[[], Problem]:

@@ -44,7 +44,7 @@ def _train(asked: Asked, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 def _prefill(asked: Asked, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     def step(params: Any, tokens: Any, cache: Any) -> tuple[Any, Any]:
         with _spread(asked, mesh):
-            return transformer.extend(params, tokens, asked.config, cache, 0, last=True)
+            return transformer.extend(params, tokens, asked.config, cache, 0, only=tokens.shape[1] - 1)
 
     arguments = _parameters(asked, mesh, COMPUTE), _tokens(asked, mesh, asked.seq), _cache(asked, mesh)
     return jax.jit(step, donate_argnums=2), arguments
@@ -53,7 +53,7 @@ def _prefill(asked: Asked, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
 def _decode(asked: Asked, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
     def step(params: Any, tokens: Any, cache: Any, position: Any) -> tuple[Any, Any]:
         with _spread(asked, mesh):
-            return transformer.extend(params, tokens, asked.config, cache, position, last=True)
+            return transformer.extend(params, tokens, asked.config, cache, position)
 
     position = _struct((), jnp.int32, _sharding(mesh))
     arguments = _parameters(asked, mesh, COMPUTE), _tokens(asked, mesh, 1), _cache(asked, mesh), position

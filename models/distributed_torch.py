@@ -273,7 +273,7 @@ def _place(module: nn.Module, splits: Tree, mesh: DeviceMesh) -> dict[nn.Paramet
     found = {}
     for name, parameter in weights_of(module).items():
         placements = _placements(mesh, splits[name], ("expert", "tensor"))
-        array = distribute_tensor(parameter.detach(), mesh, placements, src_data_rank=None)
+        array = distribute_tensor(parameter.detach().contiguous(), mesh, placements, src_data_rank=None)
         placed = nn.Parameter(array, requires_grad=not name.endswith(NOT_TRAINED))
         module.register_parameter(name, placed)
         found[placed] = next((dim for dim, axes in enumerate(splits[name]) if cut <= set(axes)), 0)

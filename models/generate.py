@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from .arrays import Array, Tree, framework_of, like, to_numpy
 from .config import Config
 from .transformer import extend, make_cache
 
-_Extend = Callable[[Tree, Array, Tree, Any], tuple[Array, Tree]]
+_Run = Callable[..., tuple[Array, Tree]]  # `extend` of params, tokens, cache, position and `only`
 
 
 def generate(
@@ -72,7 +72,7 @@ def stream(
         return
     rng = np.random.default_rng(seed)
     tokens, end = prompt, prompt.shape[1] + max_new_tokens
-    runners: dict[bool, _Extend] = {}
+    runners: dict[bool, _Run] = {}
     with _inference(params):
         logits, cache = _read(params, config, tokens, end)
         while True:
@@ -93,15 +93,15 @@ def stream(
 
 
 def _read(params: Tree, config: Config, tokens: np.ndarray, end: int) -> tuple[Array, Tree]:
-    """The logits after the last of the tokens, and a cache of them with place for `end`."""
+    """The logits after the last of the tokens, `[batch, vocab]`, and a cache of them with place for `end`."""
     batch, length = tokens.shape
     in_jax = framework_of(params["embedding"]) == "jax"
     padded = min(_power_of_two(length), config.max_seq_len) if in_jax else length
     cache = make_cache(params, config, batch, _power_of_two(max(padded, end)))
     # Padding is written behind the tokens; each step overwrites its slot before any query sees it.
     whole = like(np.pad(tokens, ((0, 0), (0, padded - length))), params["embedding"])
-    logits, cache = _runner(params, config, config.is_long(length))(params, whole, cache, 0)
-    return logits[:, length - 1], cache
+    logits, cache = _runner(params, config, config.is_long(length))(params, whole, cache, 0, length - 1)
+    return logits[:, 0], cache
 
 
 def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> np.ndarray:
@@ -111,12 +111,12 @@ def choose(logits: np.ndarray, temperature: float, rng: np.random.Generator) -> 
     return logits.argmax(axis=-1).astype(np.int32)
 
 
-def _runner(params: Tree, config: Config, long: bool, compile: bool = False) -> _Extend:
+def _runner(params: Tree, config: Config, long: bool, compile: bool = False) -> _Run:
     """`extend` of that config, compiled in JAX, and in torch where that is asked for."""
     embedding = params["embedding"]
     framework = framework_of(embedding)
     if framework != "jax" and not (compile and framework == "torch"):
-        return lambda params, tokens, cache, position: extend(params, tokens, config, cache, position, long)
+        return partial(_extend, config, long)
     choice = crosstile.explain("matmul", embedding[:1], embedding[:1].T).choice
     surroundings = (choice.implementation, choice.target.name)
     if framework == "jax":
@@ -124,30 +124,32 @@ def _runner(params: Tree, config: Config, long: bool, compile: bool = False) -> 
     return _checked_once(_compiled_in_torch(config, long, surroundings))
 
 
+def _extend(
+    config: Config, long: bool, params: Tree, tokens: Array, cache: Tree, position: Any, only: Any = None
+) -> tuple[Array, Tree]:
+    return extend(params, tokens, config, cache, position, long, only)
+
+
 @lru_cache(maxsize=8)
-def _compiled(config: Config, long: bool, _surroundings: tuple[str | None, str]) -> _Extend:
+def _compiled(config: Config, long: bool, _surroundings: tuple[str | None, str]) -> _Run:
     """One for each config and for each implementation and target, which a traced program has baked in."""
     import jax
 
-    def run(params: Tree, tokens: Array, cache: Tree, position: Any) -> tuple[Array, Tree]:
-        start = 0 if tokens.shape[1] > 1 else position
-        return extend(params, tokens, config, cache, start, long)
+    def run(params: Tree, tokens: Array, cache: Tree, position: Any, only: Any = None) -> tuple[Array, Tree]:
+        return _extend(config, long, params, tokens, cache, 0 if tokens.shape[1] > 1 else position, only)
 
     return jax.jit(run, donate_argnums=2)
 
 
 @lru_cache(maxsize=8)
-def _compiled_in_torch(config: Config, long: bool, _surroundings: tuple[str | None, str]) -> _Extend:
+def _compiled_in_torch(config: Config, long: bool, _surroundings: tuple[str | None, str]) -> _Run:
     """The same; the position is a number that the program does not know, so that one serves all lengths."""
     import torch
 
-    def run(params: Tree, tokens: Array, cache: Tree, position: int) -> tuple[Array, Tree]:
-        return extend(params, tokens, config, cache, position, long)
-
-    return torch.compile(run, dynamic=True)  # type: ignore[no-any-return]
+    return torch.compile(partial(_extend, config, long), dynamic=True)  # type: ignore[no-any-return]
 
 
-def _checked_once(compiled: _Extend) -> _Extend:
+def _checked_once(compiled: _Run) -> _Run:
     """The same for one text, in which nothing but the position changes: so what was compiled fits, if it did once.
 
     torch looks at every parameter again in each call otherwise, a twentieth of a small model's step.

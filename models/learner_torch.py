@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from . import transformer
-from .arrays import Tree, tree_leaves
+from .arrays import Tree, tree_leaves, tree_map_with_path
 from .config import Config
 from .learners import NOT_TRAINED, Step, in_precision, is_decayed
 from .packing import Batch
@@ -26,6 +26,8 @@ class TorchLearner:
 
     def __init__(self, params: Tree, config: Config, recipe: Recipe) -> None:
         self._config, self._recipe = config, recipe
+        # Stored by rows, not by columns as `checkpoint.load` leaves them for generation: a step takes a hundredth less.
+        params = tree_map_with_path(lambda _, array: array.contiguous(), params)
         self._params, self._loss = one_device(params, config, recipe)
         if recipe.parallel.devices > 1:
             self._params, self._loss = many_devices(params, config, recipe)

@@ -132,11 +132,16 @@ def _on_one(row: Row, params: Tree, tokens: Tensor, segments: Tensor | None, pre
     return _Run(loss.item(), gradients, {path: array.detach() for path, array in trained.items()})
 
 
+def _by_columns(array: Tensor) -> Tensor:
+    """A copy that lies in memory as `checkpoint.load` has it."""
+    return array.clone() if array.ndim < 2 else array.mT.clone(memory_format=torch.contiguous_format).mT
+
+
 def _on_many(row: Row, params: Tree, tokens: Tensor, segments: Tensor | None) -> _Run:
     model: ShardedTransformer = shard(
         row.config,
         row.parallel,
-        params=tree_map_with_path(lambda _, array: array.clone(), params),
+        params=tree_map_with_path(lambda _, array: _by_columns(array), params),
         remat=row.remat,
         precision=None if row.precision == "float32" else row.precision,
         balanced=row.balanced,

@@ -204,12 +204,13 @@ def make_cache(params: Tree, config: Config, batch: int, size: int) -> Tree:
 
 
 def extend(
-    params: Tree, tokens: Array, config: Config, cache: Tree, position: Any, long: bool = False, last: bool = False
+    params: Tree, tokens: Array, config: Config, cache: Tree, position: Any, long: bool = False, only: Any = None
 ) -> tuple[Array, Tree]:
     """Append tokens `[batch, length]` at `position`: the logits after each, and the cache with their keys and values.
 
     `position` is an int, or a traced scalar of JAX when length is 1. Positions before it must have been written;
-    NumPy and torch write the cache in place. `long` is `config.is_long` of the whole. `last`: only the last logits.
+    NumPy and torch write the cache in place. `long` is `config.is_long` of the whole. `only`: the number of
+    the one token whose logits are wanted, `[batch, 1, vocab]`.
     """
     x = embed(params, tokens, config)
     positions = arange(tokens.shape[1], x) + position
@@ -221,7 +222,7 @@ def extend(
         heads = attend_cached(q, past["k"], past["v"], position, scores(weights, layer, config))
         x, _ = after_attention(weights, layer, x, h, heads, config)
         extended.append(past)
-    return logits(params, x[:, -1:] if last else x, config), extended
+    return logits(params, x if only is None else x[:, only][:, None], config), extended
 
 
 def attend_cached(q: Array, k: Array, v: Array, position: Any, options: dict[str, Any]) -> Array:

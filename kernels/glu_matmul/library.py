@@ -20,12 +20,14 @@ def forward(spec: GluMatmulSpec, x: Any, w_gate: Any, w_up: Any) -> tuple[Any, N
 def _torch(spec: GluMatmulSpec, x: Any, w_gate: Any, w_up: Any) -> Any:
     from torch.nn import functional
 
-    gate = x @ w_gate
+    from ..tiles.torch_products import product
+
+    gate = product(x, w_gate)
     if spec.activation == "gelu_tanh":
         bent = functional.gelu(gate, approximate="tanh")
     else:
         bent = getattr(functional, spec.activation)(gate)
-    return bent * (x @ w_up)
+    return bent * product(x, w_up)
 
 
 def _jax(spec: GluMatmulSpec, x: Any, w_gate: Any, w_up: Any) -> Any:

@@ -21,11 +21,9 @@ def _torch(spec: MatmulSpec, a: Any, b: Any, bias: Any, residual: Any) -> Any:
     import torch
     from torch.nn import functional
 
-    if bias is not None and b.dim() == 2:
-        out = functional.linear(a, b.T, bias)
-    else:
-        out = torch.matmul(a, b)
-        out = out if bias is None else out + bias
+    from ..tiles.torch_products import product
+
+    out = product(a, b, bias)
     if spec.activation == "gelu_tanh":
         out = functional.gelu(out, approximate="tanh")
     elif spec.activation is not None:

@@ -62,6 +62,12 @@ def test_names_and_orientation_are_hugging_faces(config, folder):
     }
 
 
+def test_matrices_lie_as_in_the_files_on_a_cpu(folder):
+    params, _ = load(folder, "torch")
+    for path, array in tree_leaves(params).items():
+        assert array.ndim < 2 or (array if path == "embedding" else array.T).is_contiguous(), path
+
+
 def test_tied_embeddings_have_no_head(stretched, tmp_path):
     save(init(stretched, framework="numpy"), stretched, tmp_path)
     file = tmp_path / "model.safetensors"

@@ -159,21 +159,41 @@ def choose_config(
 def _widened(
     config: GroupedMatmulConfig, spec: GroupedMatmulSpec, target: Target, sizes: GroupedMatmulSizes
 ) -> GroupedMatmulConfig:
-    """Tiles of one sum with two or four times the columns where the VMEM holds them: rows are then read less often."""
+    """Tiles of one sum with the columns and the steps along k of which the VMEM holds those that read least."""
     gated = spec.activation is not None
     forward, dlhs = config.forward, config.dlhs
     if not gated:
-        forward = replace(forward, block_n=_columns(forward, target, sizes.k, 1))
-    return replace(config, forward=forward, dlhs=replace(dlhs, block_n=_columns(dlhs, target, sizes.n, 1 + gated)))
+        forward = _reading_least(forward, target, sizes.rows, sizes.n, sizes.k, 1)
+    return replace(config, forward=forward, dlhs=_reading_least(dlhs, target, sizes.rows, sizes.k, sizes.n, 1 + gated))
 
 
-def _columns(tiles: GroupedMatmulTiles, target: Target, length: int, products: int) -> int:
-    """Columns of a tile of 16-bit types that sums so many products over that length."""
-    step = min(tiles.block_k, length)
-    for wide in (4 * tiles.block_n, 2 * tiles.block_n):
-        if _tpu_bytes(tiles.block_m, wide, step, products, products) <= vmem_budget(target):
-            return wide
-    return tiles.block_n
+def _reading_least(
+    tiles: GroupedMatmulTiles, target: Target, rows: int, columns: int, length: int, products: int
+) -> GroupedMatmulTiles:
+    """Tiles of 16-bit types for so many rows a group and columns, with so many products summed over that length."""
+    whole = -(-length // tiles.block_k) * tiles.block_k
+    candidates = [
+        replace(tiles, block_n=times * tiles.block_n, block_k=step)
+        for times in (1, 2, 4)
+        for step in (tiles.block_k, whole)
+        if times == 1 or times * tiles.block_n < 2 * columns
+    ]
+    fitting = [
+        one
+        for one in candidates
+        if _tpu_bytes(one.block_m, one.block_n, min(one.block_k, length), products, products) <= vmem_budget(target)
+    ]
+    return min(fitting, key=lambda one: _read(one, rows, columns, length), default=tiles)
+
+
+def _read(tiles: GroupedMatmulTiles, rows: int, columns: int, length: int) -> float:
+    """Elements that a group reads of each k.
+
+    Its rows are read for each tile of columns; its matrix for each tile of rows, or once where a step is the whole sum.
+    """
+    # A group begins somewhere within a tile.
+    visits = rows / tiles.block_m + 1
+    return visits * tiles.block_m * -(-columns // tiles.block_n) + columns * (1 if tiles.block_k >= length else visits)
 
 
 def _tpu_bytes(m: int, n: int, k: int, lefts: int, rights: int, results: int = 1, sums: int = 1) -> int:

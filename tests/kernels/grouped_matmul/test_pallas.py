@@ -23,7 +23,12 @@ from jax.experimental.pallas import tpu as pltpu
 from crosstile.kernels.grouped_matmul import pallas as kernels
 from crosstile.kernels.grouped_matmul.pallas_schedule import Visits
 from crosstile.kernels.grouped_matmul.spec import ACTIVATIONS, GroupedMatmulSpec
-from crosstile.kernels.grouped_matmul.tiles import GroupedMatmulConfig, GroupedMatmulTiles, choose_config
+from crosstile.kernels.grouped_matmul.tiles import (
+    GroupedMatmulConfig,
+    GroupedMatmulSizes,
+    GroupedMatmulTiles,
+    choose_config,
+)
 from crosstile.kernels.tiles.pallas_tiles import interpreter
 from crosstile.kernels.tiles.targets import INTERPRET, get_target
 
@@ -192,6 +197,22 @@ def test_races_and_reads_before_writes(activation):
 def test_tiles_that_a_tpu_cannot_have():
     with pytest.raises(ValueError, match="block_k: got 12; it must be a positive multiple of 8"):
         forward_and_backward(Problem(), native(Problem()), tiles(64, 64, 12))
+
+
+@pytest.mark.parametrize(
+    ("chip", "rows", "n", "k", "columns", "step"),
+    [
+        ("v6e", 1024, 14336, 4096, 4096, 4096),  # the whole sum in a step already: as wide as the VMEM holds
+        ("v6e", 1024, 4096, 14336, 1024, 16384),  # a matrix that stays in VMEM for its group
+        ("v6e", 16384, 4096, 65536, 4096, 4096),  # no VMEM holds the whole sum
+        ("v6e", 0, 1024, 14336, 1024, 4096),  # one visit a group reads its matrix once in any steps
+        ("v6e", 256, 768, 2048, 1024, 4096),  # no wider than the array
+        ("v7x", 1024, 4096, 14336, 2048, 4096),  # half the VMEM
+    ],
+)
+def test_tiles_are_those_that_read_least(chip, rows, n, k, columns, step):
+    config = choose_config(GroupedMatmulSpec("bfloat16"), get_target(chip), GroupedMatmulSizes(rows, 8, n, k))
+    assert (config.forward.block_n, config.forward.block_k) == (columns, step)
 
 
 def test_supports():

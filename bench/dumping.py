@@ -43,15 +43,18 @@ def leave(
 ) -> None:
     """Compile `program(*arguments)`, and write what steers its kernels: `values` has an array for each known argument.
 
-    `options` are the compiler's.
+    How arguments and results lie in memory is the compiler's choice, as it is between the operations of a model: what
+    makes a query does so in the order that its reader wants. `options` are the compiler's.
     """
     import jax
+    from jax.experimental.layout import Format, Layout
 
     from .tpu import _one_chip
 
     place = _one_chip(target)
+    free = Format(Layout.AUTO, place)
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tuple(arguments))
-    traced = jax.jit(program).trace(*placed)
+    traced = jax.jit(program, in_shardings=free, out_shardings=free).trace(*placed)
     traced.lower(lowering_platforms=("tpu",)).compile(dict(options) if options else None)
     (folder / "steering.json").write_text(json.dumps(steering(traced.jaxpr, values)))
 

@@ -30,7 +30,7 @@ from .shapes import get_shape
 
 DTYPE = "bfloat16"
 CHOSEN = f"{OURS}, tiles as chosen"
-_MODEL = ("bundles", "cores", "cycles", "dma", "machine", "matrix", "scalars", "steering")
+_MODEL = ("bundles", "cores", "cycles", "dma", "dumping", "machine", "matrix", "scalars", "steering")
 _TOKAMAX = "tokamax"
 
 

@@ -17,6 +17,7 @@ from feature_calls import FEATURES, Sizes, worst
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracles import rounded
+from sweeps import swept
 
 import crosstile
 from crosstile.kernels.attention.spec import MAX_PLANES
@@ -39,7 +40,10 @@ def check(sizes: Sizes, features: tuple[str, ...], dtype: str, implementation: s
     assert not over, f"errors as multiples of the allowed: {over}"
 
 
-@pytest.mark.parametrize(("feature", "implementation", "direction"), CELLS)
+@pytest.mark.parametrize(
+    ("feature", "implementation", "direction"),
+    swept(CELLS, lambda cell: cell[1:] in (("triton", "forward"), ("pallas", "forward"))),  # a backward checks it too
+)
 def test_feature(feature, implementation, direction):
     check(Sizes(), (feature,), "float32", implementation, direction == "backward")
 
@@ -141,7 +145,7 @@ def name_of(row: tuple[Sizes, tuple[str, ...]]) -> str:
 
 
 @pytest.mark.parametrize("implementation", ["triton", "pallas"])
-@pytest.mark.parametrize("row", ROWS[1::14], ids=name_of)
+@pytest.mark.parametrize("row", ROWS[1::28], ids=name_of)
 def test_some_pairs_of_features(row, implementation):
     check(*row, "float32", implementation)
 
@@ -176,7 +180,7 @@ def problems(draw: st.DrawFn) -> tuple[Sizes, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("implementation", ["triton", "pallas"])
-@settings(max_examples=4, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(problem=problems())
 def test_any_features(implementation, problem):
     check(*problem, "float32", implementation)

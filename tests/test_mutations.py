@@ -1024,7 +1024,7 @@ SUITES = (
     ATTENTION_REFERENCE,
     MATMUL_REFERENCE,
 )
-CASES = one_in(3, ((suite, mutation) for suite in SUITES for mutation in suite.mutations))
+CASES = one_in(7, ((suite, mutation) for suite in SUITES for mutation in suite.mutations))
 
 
 def name_of(given: Any) -> str:

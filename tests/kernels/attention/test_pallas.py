@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from oracles import assert_within, attention_by_torch, rounded
-from sweeps import swept
+from sweeps import one_in, swept
 
 from crosstile.kernels.attention import pallas as kernels
 from crosstile.kernels.attention import pallas_forward, reference
@@ -165,7 +165,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", one_in(3, CASES))
 def test_agrees_with_the_definition(name):
     check(CASES[name])
 
@@ -232,7 +232,7 @@ def test_tiles_change_nothing(tiles):
             Case(q_len=256, kv_len=256, window_left=63),
             Case(q_len=256, kv_len=128, window_left=127),
         ],
-        lambda case: case.q_len not in (128, 192) or case.kv_len == 64,
+        lambda case: case.q_len != 128 or case.kv_len == 64,
     ),
     ids=["more keys", "window", "bfloat16", "padded", "rows without a key", "window of a tile", "window without a key"],
 )
@@ -258,6 +258,7 @@ def test_under_vmap():
     hold(case, {name: array[:, 0] for name, array in compiled(one, case.arrays).items()})
 
 
+@pytest.mark.sweep
 def test_races_and_reads_before_writes():
     """The strict interpreter, which simulates a chip's memories, copies and two cores, finds no race."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call

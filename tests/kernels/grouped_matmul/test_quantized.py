@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from mutations import describe
 from oracles import assert_equal_in_float64, assert_within, finite_differences
 from quantized_problems import ALONE
+from sweeps import one_in
 
 from crosstile.kernels.grouped_matmul import pallas as pallas_kernels
 from crosstile.kernels.grouped_matmul import reference
@@ -65,7 +66,7 @@ def test_dlhs_by_finite_differences(activation):
 
 
 @CHECKS
-@pytest.mark.parametrize("kind", ALONE)
+@pytest.mark.parametrize("kind", one_in(2, ALONE))
 def test_every_kind(check, kind):
     """Where k is no multiple of a group, nor of the rows of codes that share bytes; and with a gate every other."""
     activation = "silu" if ALONE.index(kind) % 2 else None
@@ -74,7 +75,7 @@ def test_every_kind(check, kind):
 
 @CHECKS
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("kind", ["int4-128-zeros", "mxfp4", "int8"])
+@pytest.mark.parametrize("kind", one_in(3, ["int4-128-zeros", "mxfp4", "int8"]))
 def test_dtypes(check, kind, dtype):
     check(Problem(kind=kind, k=140, dtype=dtype, activation="gelu" if kind == "int8" else None, **LESS))
 

@@ -164,7 +164,7 @@ def sound(kernel: str, name: str) -> float:
 
 
 @pytest.mark.parametrize(
-    "mutation", one_in(3, MUTATIONS), ids=lambda m: f"{m.file}-{m.name}-{m.problem}".replace(" ", "_")
+    "mutation", one_in(7, MUTATIONS), ids=lambda m: f"{m.file}-{m.name}-{m.problem}".replace(" ", "_")
 )
 def test_the_check_notices(mutation, tmp_path):
     kernel = "triton" if mutation.file.startswith("triton") else mutation.file

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from crosstile import calls, plans
 from crosstile import numpy as on_host
@@ -183,13 +184,14 @@ def _have_static_sizes(arrays: tuple[Any, ...]) -> bool:
 def _differentiable(op: Op, spec: Any, implementation: str, config: Any, target: Target) -> Callable[..., Any]:
     run = _once_differentiable(op, implementation, config, target)
     saving = op.module("spec").saving(spec)
+    named = partial(checkpoint_name, name=f"crosstile.{op.name}")  # by which `jax.checkpoint` can keep it
 
     @jax.custom_vjp
     def function(*inputs: Any) -> tuple[Any, ...]:
         return run("forward", spec, inputs)
 
     def forward(*inputs: Any) -> tuple[Any, Any]:
-        outputs = run("forward", saving, inputs)
+        outputs = jax.tree.map(named, run("forward", saving, inputs))
         return outputs if saving == spec else (*outputs[:-1], None), (inputs, outputs)
 
     def backward(saved: Any, gradients: tuple[Any, ...]) -> tuple[Any, ...]:

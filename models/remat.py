@@ -16,7 +16,8 @@ from .stacking import Run
 
 POLICIES = ("none", "products", "full", "offload")
 _INPUT = "layer_input"
-_SAVED_BY_JAX = ("dot_general", "pallas_call", "ragged_dot_general")
+_SAVED_BY_JAX = ("dot_general", "ragged_dot_general")
+_SAVED_NAMES = tuple(f"crosstile.{op}" for op in ("attention", "matmul", "glu_matmul", "grouped_matmul"))
 _SAVED_BY_TORCH = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_scaled_dot_product", "crosstile::")
 
 
@@ -35,8 +36,9 @@ def _in_jax(policy: str, run: Run) -> Run:
     import jax
     from jax.ad_checkpoint import checkpoint_name
 
-    def saveable(primitive: Any, *_: Any, **__: Any) -> bool:
-        return policy == "products" and primitive.name in _SAVED_BY_JAX
+    def saveable(primitive: Any, *_: Any, **params: Any) -> bool:
+        kept = primitive.name in _SAVED_BY_JAX or (primitive.name == "name" and params["name"] in _SAVED_NAMES)
+        return policy == "products" and kept
 
     kept: Any = saveable
     if policy == "offload":

@@ -1,13 +1,17 @@
 """What is computed again changes no gradient, and leaves less in memory."""
 
 from collections import Counter
+from dataclasses import replace
+from importlib.util import find_spec
 
 import jax
 import numpy as np
 import pytest
 import torch
+from jax.extend.core import jaxprs_in_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import crosstile
 from crosstile.models import init, loss
 from crosstile.models.arrays import tree_leaves
 from crosstile.models.config import Config, Layer
@@ -15,6 +19,7 @@ from crosstile.models.remat import POLICIES, remat
 from crosstile.models.stacking import stack, unstack
 from crosstile.models.transformer import block
 
+needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 CONFIG = Config(64, 32, 96, 4, 2, 8, (Layer(window=5), Layer()) * 2)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 25)).astype(np.int32)
 
@@ -75,6 +80,27 @@ def test_jax_computes_again_what_the_policy_says():
         sizes.append(saved)
     assert sizes[0] > 1.1 * sizes[1] > 1.1 * sizes[2]
     assert sizes[3] <= sizes[2]
+
+
+def kernels_in_jax(policy, chip):
+    """How many kernels a chip runs for the gradients of one layer."""
+
+    def count(jaxpr):
+        own = sum(equation.primitive.name in ("pallas_call", "triton_kernel_call") for equation in jaxpr.eqns)
+        return own + sum(count(inner) for equation in jaxpr.eqns for inner in jaxprs_in_params(equation.params))
+
+    config = replace(CONFIG, layers=CONFIG.layers[:1])
+    params = init(config, 0, "jax", "bfloat16")
+    with crosstile.target(chip):
+        run = remat(policy, "jax", block)
+        return count(jax.make_jaxpr(jax.grad(lambda params: loss(params, TOKENS, config, run=run)))(params).jaxpr)
+
+
+@pytest.mark.parametrize("chip", ["v5e", pytest.param("sm_90", marks=needs_jax_triton)])
+def test_jax_runs_no_kernel_of_a_product_again(chip):
+    most, some, least = (kernels_in_jax(policy, chip) for policy in ("full", "products", "none"))
+    assert some == least + 3  # two norms, and rotary
+    assert most >= some + 6  # four products, attention and the gate; nothing reads the last product's result
 
 
 def test_what_cannot_be_is_said():

@@ -155,7 +155,7 @@ def test_every_contestant_is_searched_from_its_grid_along_its_ladders(monkeypatc
         tried.append(tiles)
         if tiles["block_k"] > tiles["block_k_major"]:
             raise CyclesError("too large")
-        return [prediction(500 + abs(tiles["block_q"] - 2048) / 16), prediction(11, kernel=False)]
+        return [prediction(1000 + abs(tiles["block_q"] - 2048) / 16), prediction(11, kernel=False)]
 
     def own_time(job, tiles):
         size = tiles.get("forward.block_q", 512)
@@ -168,8 +168,8 @@ def test_every_contestant_is_searched_from_its_grid_along_its_ladders(monkeypatc
     found = {entry.contestant: entry for entry in run(["v5e"], [contest])}
     assert list(found) == [CHOSEN, OURS, "flash"]  # tokamax only where its interpreter is named
     assert found["flash"].tiles.startswith("block_q 2048 ")  # which is on no row of the grid
-    assert found["flash"].microseconds == pytest.approx(511)
-    assert found["flash"].kernels == pytest.approx(499)
+    assert found["flash"].microseconds == pytest.approx(1011)
+    assert found["flash"].kernels == pytest.approx(999)
     assert found[OURS].tiles.startswith("forward.block_q 1024 ")  # faster ones spill
     count = len(tried)
     assert [entry.contestant for entry in run(["v5e"], [contest], ["flash"])] == ["flash"]
@@ -185,6 +185,15 @@ def test_refusals_are_kept_as_such(monkeypatch, tmp_path):
     [found] = run(["v5e"], [Contest("square-4096", "forward", ("XLA",))], ["XLA"])
     assert found.refusal == "RESOURCE_EXHAUSTED: too much"
     assert not standings([found, entry("v5e", "square-4096", OURS, 800.0)])
+
+
+def test_what_no_chip_could_do_is_no_result(monkeypatch, tmp_path):
+    monkeypatch.setenv("CROSSTILE_CACHE", str(tmp_path))
+    for microseconds, refusal in ((705, ""), (650, "the model does not follow its loops")):  # v5e's limit is 697
+        monkeypatch.setattr(module, "predict_child", lambda *_, time=microseconds: [prediction(time)])
+        [found] = run(["v5e"], [Contest("square-4096", "forward", ("XLA",))], ["XLA"])
+        assert refusal in found.refusal
+        assert bool(found.refusal) == bool(refusal)
 
 
 def test_a_standing_is_ours_at_its_best_against_the_best_peer():

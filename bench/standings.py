@@ -171,7 +171,9 @@ def _entry(contest: Contest, chip: str, contestant: str, found: Sequence[Found],
     kernels = sum(prediction.microseconds for prediction in predictions if prediction.kernel) or total
     share = _least_microseconds(contest, chip) / total
     if share > MOST:
-        reason = f"predicted in {total:.1f} µs, which no chip of this kind could do: the model does not follow its loops"
+        reason = (
+            f"predicted in {total:.1f} µs, which no chip of this kind could do: the model does not follow its loops"
+        )
         return Entry(chip, contest.name, contestant, 0.0, 0.0, 0.0, tiles, len(found), reason)
     return Entry(chip, contest.name, contestant, total, kernels, share, tiles, len(found))
 

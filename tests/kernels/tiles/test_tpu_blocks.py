@@ -92,7 +92,7 @@ def large_sizes(sizes):
 def test_grouped_products_of_one_sum_are_widened_where_there_is_room():
     declared = OPS["grouped_matmul"].module("tiles")
     for name, chip, columns in (
-        ("qwen3-30b-a3b-down", "v7x", 4096),
+        ("qwen3-30b-a3b-down", "v7x", 1024),  # the array has 768
         ("mixtral-8x7b-experts", "v6e", 2048),
         ("mixtral-8x7b-experts", "v7x", 1024),
     ):

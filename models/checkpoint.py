@@ -17,7 +17,17 @@ import numpy as np
 
 import crosstile
 
-from .arrays import FRAMEWORKS, Array, Tree, cast, framework_of, from_numpy, to_numpy, tree_leaves, tree_map_with_path
+from .arrays import (
+    FRAMEWORKS,
+    Array,
+    Tree,
+    framework_of,
+    from_numpy,
+    namespace,
+    to_numpy,
+    tree_leaves,
+    tree_map_with_path,
+)
 from .config import Config
 from .families import FAMILIES
 from .names import Place, places
@@ -262,10 +272,9 @@ def _import(
 
 def _place(array: Array, framework: str, dtype: str | None, device: Any) -> Array:
     if framework == "torch":
-        array = array.to(device)
-        # A CPU multiplies one row fastest by a matrix that is stored by columns, as in the files, and aligned.
-        array = array.clone() if array.device.type == "cpu" else array.contiguous()
-        return cast(array, dtype) if dtype else array
+        # A CPU multiplies one row fastest by a matrix stored by columns, as in the files, and aligned, as a copy is.
+        array = array.to(device, getattr(namespace(array), dtype) if dtype else None, copy=True)
+        return array if array.device.type == "cpu" else array.contiguous()
     if framework == "numpy":
         array = to_numpy(array)
     return from_numpy(array, framework, dtype, device)

@@ -131,6 +131,10 @@ class AttentionShape(Shape):
             found |= dict.fromkeys(("q_lengths", "kv_lengths"), lengths[: self.batch])
         return found
 
+    def leaves(self, dtype: str) -> list[str]:
+        """Slopes too, in float32 whatever the others are."""
+        return super().leaves(dtype) + (["slopes"] if self.alibi and dtype != "float32" else [])
+
     def deviation(self, name: str) -> float:
         """Scales of float8, and slopes, are small."""
         return 0.05 if "scale" in name or name == "slopes" else 1.0

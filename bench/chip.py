@@ -1,8 +1,9 @@
 """`crosstile bench --device cuda`: named shapes on the chip of this machine, checked and timed beside their peers.
 
 An error is that of `crosstile verify`, a multiple of the allowed one, against the framework's ops in float32. A time is
-that of a CUDA graph of several calls, which leaves the host out; the median of five runs, with the fastest and the
-slowest. The inputs are random, and larger than the L2 cache where the real ones are.
+that of a CUDA graph of several calls, which leaves the host out (a peer that waits for the GPU in between can be none
+and is called); the median of five runs, with the fastest and the slowest. The inputs are random, and larger than the L2
+cache where the real ones are.
 """
 
 from __future__ import annotations
@@ -22,14 +23,23 @@ from rich.table import Table
 from crosstile.kernels.tiles.targets import Target
 from crosstile.kernels.tiles.tuned import changed_tiles
 
+from .attention_shapes import AttentionShape
+from .chip_peers import attention_of_float8, library, peers_of
+from .cross_entropy_shapes import CrossEntropyShape
 from .programs import Job
 from .shape import Shape
 from .shapes import get_shape
 from .verify import EPSILON
 
-_CALLS = 4  # in a graph
+_CALLS = 4  # in a graph, of a call that is no longer than
+_SHORT_MILLISECONDS = 50.0
 _RUNS = 5
 _RUN_MILLISECONDS = 15.0
+_PRODUCTS = (  # of a direction, in those of a forward: elsewhere, and in attention
+    {"forward": 1.0, "backward": 2.0, "both": 3.0},
+    {"forward": 1.0, "backward": 2.5},
+)
+_PEER_ERROR = 2.0  # as a multiple of what is allowed to ours: a peer that is further off computes something else
 
 
 @dataclass(frozen=True)
@@ -143,31 +153,42 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
 
     arrays = random_arrays(shape, dtype, device)
     leaves = shape.leaves(dtype)
-    ours, again = (_results(shape, arrays, leaves, "triton") for _ in range(2))
-    theirs = _results(shape, arrays, leaves, "library")
-    wide = {name: array.float() if str(array.dtype) == f"torch.{dtype}" else array for name, array in arrays.items()}
-    exact = _results(shape, wide, leaves, "library")
-    del wide
-    directions = [("forward", [0]), ("backward", list(range(1, len(ours))))]
-    for direction, which in directions:
+    call = partial(_call, shape, implementation="triton")
+    peer = partial(library, shape)
+    ours, again = (_results(call, arrays, leaves) for _ in range(2))
+    if isinstance(shape, AttentionShape) and shape.float8:
+        theirs, exact = ([attention_of_float8(shape, arrays, rounds=rounds)] for rounds in (True, False))
+    else:
+        theirs = _results(peer, arrays, leaves)
+        exact = _results(peer, _in_float32(arrays, dtype), leaves)
+    directions = {"forward": [0], "backward": list(range(1, len(ours)))}
+    if isinstance(shape, CrossEntropyShape):  # a peer makes the gradients in its forward
+        directions["both"] = directions["backward"]
+    for direction, which in directions.items():
         if not which:
             continue
         found = [_compare(ours[i], theirs[i], exact[i], dtype) for i in which]
         row = Row(shape.name, shape.op, dtype, direction, max(e for e, _ in found), max(m for _, m in found))
         row.repeats = all(torch.equal(ours[i], again[i]) for i in which)
-        row.flops = shape.flops * (1.0 if direction == "forward" else 2.5 if shape.op == "attention" else 2.0)
-        ours_again = partial(_call, shape, implementation="triton")
-        row.ours = _time(partial(_direction, ours_again, arrays, leaves, direction))
-        for name, peer in _peers(shape).items():
+        row.flops = shape.flops * _PRODUCTS[shape.op == "attention"][direction]
+        row.ours = _time(partial(_direction, call, arrays, leaves, direction))
+        for name, other in peers_of(shape, direction).items():
             try:
-                row.peers[name] = _time(partial(_direction, peer, arrays, leaves, direction))
+                result = _first(other({name: array.clone() for name, array in arrays.items()}))
+                if _compare(result, theirs[0], exact[0], dtype)[1] > _PEER_ERROR:
+                    raise RuntimeError(f"{name} computes something else")
+                row.peers[name] = _time(partial(_direction, other, arrays, leaves, direction))
             except RuntimeError:  # a backend that does not take the shape
                 continue
         yield row
 
 
+def _in_float32(arrays: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {name: array.float() if str(array.dtype) == f"torch.{dtype}" else array for name, array in arrays.items()}
+
+
 def random_arrays(shape: Shape, dtype: str, device: str) -> dict[str, Any]:
-    """The call's arrays: integers as the shape has them, floats normal, small integers all there are."""
+    """The call's arrays: integers as the shape has them, floats normal, scales positive, small integers all of them."""
     import torch
 
     held = shape.integers()
@@ -183,7 +204,8 @@ def random_arrays(shape: Shape, dtype: str, device: str) -> dict[str, Any]:
         if kind in ("int8", "uint8"):
             lowest, end = (-127, 128) if kind == "int8" else (0, 256)
             return torch.randint(lowest, end, size, dtype=getattr(torch, kind), device=device)
-        return (shape.deviation(name) * torch.randn(size, device=device)).to(getattr(torch, kind))
+        normal = shape.deviation(name) * torch.randn(size, device=device)
+        return (normal.abs() if name.endswith("_scale") else normal).to(getattr(torch, kind))
 
     return {name: make(name, size, kind) for name, (size, kind) in shape.arrays(dtype).items()}
 
@@ -194,16 +216,17 @@ def _call(shape: Shape, arrays: dict[str, Any], implementation: str, config: Any
     return getattr(crosstile, shape.function)(**shape.call(arrays), implementation=implementation, config=config)
 
 
-def _results(shape: Shape, arrays: dict[str, Any], leaves: list[str], implementation: str) -> list[Any]:
+def _results(function: Callable[[dict[str, Any]], Any], arrays: dict[str, Any], leaves: list[str]) -> list[Any]:
     """The first output, and the gradients."""
     import torch
 
-    outs, variables = _differentiable(partial(_call, shape, implementation=implementation), arrays, leaves)
+    outs, variables = _differentiable(function, arrays, leaves)
     if not leaves:
         return [outs[0]]
     torch.manual_seed(1)
     dtype = variables[0].dtype
-    gradients = [torch.randn_like(out, dtype=torch.float32).to(dtype).to(out.dtype) for out in outs]
+    # Not randn_like, which draws in the order of memory: results of other strides would have other gradients.
+    gradients = [torch.randn(out.shape, device=out.device).to(dtype).to(out.dtype) for out in outs]
     return [outs[0].detach(), *torch.autograd.grad(outs, variables, gradients)]
 
 
@@ -219,7 +242,7 @@ def _differentiable(
 def _direction(
     function: Callable[[dict[str, Any]], Any], arrays: dict[str, Any], leaves: list[str], direction: str
 ) -> Callable[[], Any]:
-    """The function's forward, or its backward alone, to be called again and again."""
+    """The function's forward, its backward alone, or both, to be called again and again."""
     import torch
 
     if direction == "forward":
@@ -230,27 +253,14 @@ def _direction(
 
         return forward
     outs, variables = _differentiable(function, arrays, leaves)
-    gradients = [torch.randn_like(out) for out in outs]
+    gradients = [torch.randn(out.shape, device=out.device).to(out.dtype) for out in outs]
+    if direction == "both":
+        return lambda: torch.autograd.grad(*_differentiable(function, arrays, leaves), gradients)
     return lambda: torch.autograd.grad(outs, variables, gradients, retain_graph=True)
 
 
-def _peers(shape: Shape) -> dict[str, Callable[[dict[str, Any]], Any]]:
-    """What a user would call instead."""
-    peers: dict[str, Callable[[dict[str, Any]], Any]] = {"torch's ops": partial(_call, shape, implementation="library")}
-    if shape.op == "linear_cross_entropy":
-        peers["logits"] = partial(_loss_of_logits, shape)
-    return peers
-
-
-def _loss_of_logits(shape: Shape, arrays: dict[str, Any]) -> Any:
-    """The loss of logits that are kept in memory."""
-    import torch
-    import torch.nn.functional as F
-
-    cap = shape.call(arrays)["softcap"]
-    logits = F.linear(arrays["hidden"], arrays["weight"]).float()
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    return F.cross_entropy(logits, arrays["targets"].long())
+def _first(result: Any) -> Any:
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _compare(ours: Any, theirs: Any, exact: Any, dtype: str) -> tuple[float, float]:
@@ -278,18 +288,38 @@ def _time(prepare: Callable[[], Callable[[], Any]]) -> Timing:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         function = prepare()
-        for _ in range(3):
-            function()
+        function()
+        calls = _CALLS if _milliseconds(function, 1) < _SHORT_MILLISECONDS else 1
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for _ in range(_CALLS):
-            function()
-    graph.replay()
-    once = _milliseconds(graph.replay, 1)
-    repeats = max(2, min(100, int(_RUN_MILLISECONDS / max(once, 1e-3))))
-    times = [_milliseconds(graph.replay, repeats) / _CALLS * 1e3 for _ in range(_RUNS)]
+    replay = _recorded(function, stream, calls) or _repeated(function, calls)
+    replay()
+    once = _milliseconds(replay, 1)
+    repeats = max(1, min(100, int(_RUN_MILLISECONDS / max(once, 1e-3))))
+    times = [_milliseconds(replay, repeats) / calls * 1e3 for _ in range(_RUNS)]
     return Timing(median(times), min(times), max(times))
+
+
+def _recorded(function: Callable[[], Any], stream: Any, calls: int) -> Callable[[], Any] | None:
+    """What runs a CUDA graph of so many calls; None where the call waits for the GPU in between."""
+    import torch
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                function()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
+def _repeated(function: Callable[[], Any], calls: int) -> Callable[[], Any]:
+    def run() -> None:
+        for _ in range(calls):
+            function()
+
+    return run
 
 
 def _milliseconds(function: Callable[[], Any], repeats: int) -> float:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from typing import Any, get_type_hints
 
 import ml_dtypes
@@ -26,6 +27,7 @@ from crosstile import numpy as on_host
 from crosstile.dispatch import OPS, Op, installed
 from crosstile.kernels.tiles.errors import UnsupportedError
 from crosstile.kernels.tiles.expressions import parse, text_of
+from crosstile.kernels.tiles.host_arrays import HostArray
 from crosstile.kernels.tiles.launch import Array, Launch, Plan
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, Target, get_target, nearest_cuda
 from crosstile.kernels.tiles.torch_functions import functions_of_torch
@@ -42,6 +44,8 @@ _SCHEMA_TYPES = {
     "Expression | None": "str?",
 }
 
+_LARGE = 2**22  # bytes of a host's array that is copied anew for each call
+_recorded: dict[int, Tensor] = {}  # copies that CUDA graphs read, which no cache may drop
 
 KNOWS_NEED = True  # whether `needs_grad` is sure, and not only possible
 
@@ -391,7 +395,7 @@ def _execute(
         return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
     known = plans.map_arrays(lambda tensor: to_numpy(tensor) if on_cpu(tensor) else tensor, operands)
     operands = plans.map_arrays(
-        lambda array: from_numpy(array).to(like.device) if isinstance(array, np.ndarray) else array,
+        lambda array: _on_device(array, like.device) if isinstance(array, np.ndarray) else array,
         plans.completed(op, implementation, spec, config, target, known),
     )
     if implementation == "triton":
@@ -485,6 +489,21 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
     if tensor.dtype == torch.float8_e4m3fn:
         return tensor.view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn)
     return tensor.numpy()
+
+
+def _on_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy, made once where it is small: a CUDA graph can record no copy from the host's memory."""
+    if array.nbytes > _LARGE:
+        return from_numpy(array).to(device)
+    copy = _copied(HostArray(array), device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _recorded[id(copy)] = copy
+    return copy
+
+
+@lru_cache(maxsize=64)
+def _copied(held: HostArray, device: torch.device) -> Tensor:
+    return from_numpy(held.array).to(device)
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

@@ -30,6 +30,7 @@ from .pallas_decode import can_decode
 from .pallas_decode import forward as forward_of_few
 from .pallas_forward import forward as forward_of_batch
 from .pallas_packed import packed_rows, packings, spread_inputs, spread_rows
+from .pallas_planes import exact_delta
 from .pallas_planes import gradient as gradient_of_plane
 from .pallas_tiling import Tiling
 from .sparsity import with_runs
@@ -151,8 +152,8 @@ def _backward(
     dout = _up_to(dout, lengths[0][0]) if lengths else dout
     found = {}
     delta = jnp.einsum("bihd,bihd->bhi", dout.astype(jnp.float32), out.astype(jnp.float32))
-    if dlse is not None:
-        delta = delta - jnp.where(lse == -jnp.inf, 0, dlse)
+    subtracted = 0 if dlse is None else jnp.where(lse == -jnp.inf, 0, dlse)
+    delta = delta - subtracted
     if arrays.sinks is not None:
         weights = jnp.exp(arrays.sinks[:, :, None] - jnp.where(lse == -jnp.inf, jnp.inf, lse))
         found["sinks"] = -(weights * delta).sum(axis=2).astype(arrays.sinks.dtype)
@@ -167,7 +168,11 @@ def _backward(
     statistics = jnp.where(blind, jnp.inf, lse * LOG2_E), jnp.where(blind, 0, delta) if lengths else delta
     operands = spec, config, target, arrays, lengths, dout, statistics
     found |= zip(("q", "k", "v"), backward_of_qkv(*operands), strict=True)
-    found |= {f"plane{slot}": gradient_of_plane(*operands, slot) for slot in slots}
+    if spec.dtype != "float32" and any(arrays.planes[slot].shape[3] == 1 for slot in slots):
+        # Of a number for all keys of a query, the gradient sums what they send, times the same error of delta. That of
+        # a delta from outputs of 16 bits, small beside each term, would not be beside the sum, whose terms cancel.
+        operands = *operands[:-1], (statistics[0], exact_delta(operands) - subtracted)
+    found |= {f"plane{slot}": gradient_of_plane(operands, slot) for slot in slots}
     return found
 
 

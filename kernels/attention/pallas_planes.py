@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..tiles.expressions import const
 from ..tiles.expressions import plane as plane_leaf
 from ..tiles.expressions import planes as slots_of
 from ..tiles.pallas_tiles import call_params, columns, dot, fold, pad_to, round_up, rows, unfold
@@ -26,23 +27,43 @@ from .pallas_tiling import Tiling
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
+Operands = tuple[
+    AttentionSpec,
+    AttentionConfig,
+    Target,
+    AttentionInputs,
+    tuple[jax.Array, ...],
+    jax.Array,
+    tuple[jax.Array, jax.Array],
+]
 
-def gradient(
-    spec: AttentionSpec,
-    config: AttentionConfig,
-    target: Target,
-    arrays: AttentionInputs,
-    lengths: tuple[jax.Array, ...],
-    dout: jax.Array,
-    statistics: tuple[jax.Array, jax.Array],
-    slot: int,
-) -> jax.Array:
-    """The gradient of the plane in that slot, in its shape and dtype; the others are as in `pallas_backward`."""
-    q, k, v, array = arrays.q, arrays.k, arrays.v, arrays.planes[slot]
-    (batch, q_len, q_heads, head_dim), (_, kv_len, kv_heads, v_dim) = q.shape, v.shape
+
+def gradient(operands: Operands, slot: int) -> jax.Array:
+    """The gradient of the plane in that slot, in its shape and dtype; the operands are those of `pallas_backward`."""
+    spec, array = operands[0], operands[3].planes[slot]
     if slot not in slots_of(spec.score):
         return jnp.zeros_like(array)
-    scores, owner = Scores.of(spec, arrays), Plane.of(slot, array)
+    found = _summed(operands, Plane.of(slot, array), slope_of(spec, plane_leaf(slot)))
+    return found[:, :, : array.shape[2], : array.shape[3]].astype(array.dtype)
+
+
+def exact_delta(operands: Operands) -> jax.Array:
+    """Each query's sum of weights times what comes back to them, [batch, q_heads, q_len], nothing of it rounded.
+
+    It is the gradient of a plane with a number for every query of a score that grows with it, but for delta.
+    """
+    lse = operands[-1][0]
+    owner = Plane.of(-1, jax.ShapeDtypeStruct((*lse.shape, 1), jnp.float32))
+    found = _summed((*operands[:-1], (lse, jnp.zeros_like(lse))), owner, const(1.0))
+    return found[:, :, : lse.shape[2], 0]
+
+
+def _summed(operands: Operands, owner: Plane, slope: Any) -> jax.Array:
+    """What comes back to the scores times the slope, summed to what the owner has of them, its tiles written whole."""
+    spec, config, target, arrays, lengths, dout, statistics = operands
+    q, k, v = arrays[:3]
+    (batch, q_len, q_heads, head_dim), (_, kv_len, kv_heads, v_dim) = q.shape, v.shape
+    scores = Scores.of(spec, arrays)
     tiling = Tiling.choose(spec, config.dkv, target, (q_len, kv_len), bool(lengths), hides_queries=True)
     block_q, block_kv = tiling.block_q, tiling.block_kv
     scalars = lengths if arrays.dropout_seed is None else (*lengths, arrays.dropout_seed)
@@ -70,13 +91,14 @@ def gradient(
 
         return pl.BlockSpec((None, None, block_kv, dim), index)
 
+    leading = batch if owner.batch else 1, q_heads if owner.heads else 1
     ends = kv_padded if owner.whole else 1, q_padded if owner.queries else kv_padded if owner.keys else block_q
     found = pl.pallas_call(
         partial(
             _kernel,
             tiling=tiling,
             scores=scores,
-            slope=slope_of(spec, plane_leaf(slot)),
+            slope=slope,
             owner=owner,
             at=at,
             owned=count,
@@ -99,7 +121,7 @@ def gradient(
                 *(scratch for plane in scores.planes for scratch in plane.scratch(block_kv, block_q)),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((*array.shape[:2], *ends), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((*leading, *ends), jnp.float32),
         name="attention_plane_gradient",
         **call_params(target, ["parallel" if axis < count else "arbitrary" for axis in range(4)]),
     )(
@@ -112,10 +134,8 @@ def gradient(
         *(plane.prepared(arrays.planes[plane.slot], q_padded, kv_padded, block_q) for plane in scores.planes),
     )
     if owner.queries:
-        found = found.swapaxes(2, 3)
-    elif not owner.keys:
-        found = found.sum(axis=3, keepdims=True)
-    return found[:, :, : array.shape[2], : array.shape[3]].astype(array.dtype)
+        return found.swapaxes(2, 3)
+    return found if owner.keys else found.sum(axis=3, keepdims=True)
 
 
 def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, owner: Plane, at: Any, owned: int) -> None:

@@ -39,7 +39,7 @@ class Plane:
     itemsize: int
 
     @staticmethod
-    def of(slot: int, array: jax.Array) -> Plane:
+    def of(slot: int, array: jax.Array | jax.ShapeDtypeStruct) -> Plane:
         whole = array.shape[2] > 1 and array.shape[3] > 1
         boolean = array.dtype == jnp.bool_
         integral = not jnp.issubdtype(array.dtype, jnp.floating)

@@ -10,32 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from ..tiles.expressions import const, parse, planes, text_of
+from ..tiles.host_arrays import HostArray
 from ..tiles.visibility import Runs, visible_tiles
 from .spec import AttentionInputs, AttentionSpec
 
 HEADER = 3
 Blocks = Mapping[str, tuple[int, int]]
-
-
-class _Known:
-    """A plane in the host's memory, as a key: equal where the contents are."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self.array = array
-        content = np.ascontiguousarray(array)
-        self.key = (array.shape, array.dtype.name, blake2b(content.view(np.uint8).data, digest_size=16).digest())
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Known) and self.key == other.key
 
 
 def with_runs(spec: AttentionSpec, inputs: AttentionInputs, blocks: Blocks) -> AttentionInputs:
@@ -47,7 +32,7 @@ def with_runs(spec: AttentionSpec, inputs: AttentionInputs, blocks: Blocks) -> A
     if spec.mask is None or spec.mask == const(True) or 0 in sizes or inputs.forward_runs is not None:
         return inputs
     known = {slot: inputs.planes[slot] for slot in planes(spec.mask)}
-    slots = tuple((slot, _Known(array)) for slot, array in known.items() if isinstance(array, np.ndarray))
+    slots = tuple((slot, HostArray(array)) for slot, array in known.items() if isinstance(array, np.ndarray))
     mask = text_of(spec.mask)
     return inputs._replace(**{name: _list(mask, sizes, tiles, name, slots) for name, tiles in blocks.items()})
 
@@ -71,7 +56,7 @@ def _list(
     sizes: tuple[int, int, int, int],
     blocks: tuple[int, int],
     kernel: str,
-    known: tuple[tuple[int, _Known], ...],
+    known: tuple[tuple[int, HostArray], ...],
 ) -> np.ndarray | None:
     batch, heads, q_len, kv_len = sizes
     held: list[Any] = [None] * (1 + max((slot for slot, _ in known), default=-1))

@@ -329,7 +329,7 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         "WEIGHT": constant(spec.weight),
         "EXPONENT": spec.weight_exponent,
         "NEGATE": spec.score is None and spec.softmax_scale < 0,
-        "DESCRIPTORS": by_descriptors(tiles, given.planes, given.k, given.v),
+        "DESCRIPTORS": by_descriptors(tiles, given.k, given.v),
     }
     grid = programs(q_len, tiles.block_q, q_heads, given)
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)

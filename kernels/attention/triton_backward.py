@@ -25,7 +25,7 @@ from .triton_common import (
 )
 from .triton_dkv import dkv_kernel
 from .triton_dq import dq_kernel
-from .triton_planes import dplane_launch, dsinks_launch, gradient_arrays
+from .triton_planes import dplane_launches, dsinks_launch, gradient_arrays
 from .triton_weights import prepare_launch
 
 
@@ -47,14 +47,17 @@ def backward(
     if dlse is not None:
         arrays["dlse"] = dlse
     results = {name: contiguous(array.shape, spec.dtype) for name, array in (("dq", q), ("dk", k), ("dv", v))}
-    scratch = {name: contiguous((batch, q_heads, q_size), "float32") for name in ("log2_lse", "delta")}
+    slots = [slot for slot in spec.plane_gradients if given.planes[slot] is not None]
+    exact = spec.dtype != "float32" and any(_is_of_rows(given, slot) for slot in slots)
+    statistics = ("log2_lse", "delta", *(("exact_delta",) if exact else ()))
+    scratch = {name: contiguous((batch, q_heads, q_size), "float32") for name in statistics}
 
     prepare = prepare_launch(spec, given, outputs, gradients)
     before = INPUTS[: INPUTS.index("sinks")]
-    after = *INPUTS[INPUTS.index("plane0") :], "dout", "log2_lse", "delta"
+    after = *INPUTS[INPUTS.index("plane0") :], "dout", "log2_lse"
 
-    def reads(*runs: str) -> tuple[str, ...]:
-        return names_of({**arrays, **scratch}, *before, "dropout_seed", *runs, *after)
+    def reads(*runs: str, delta: str = "delta") -> tuple[str, ...]:
+        return names_of({**arrays, **scratch}, *before, "dropout_seed", *runs, *after, delta)
 
     numbers = {
         **strides_of(q=q, k=k, v=v, dout=dout),
@@ -67,22 +70,43 @@ def backward(
     tiles = checked(config.dkv, "dkv")
     grid = programs(kv_size, tiles.block_kv, kv_heads, given)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dk"], results["dv"])}
-    constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, given.planes, q, k, v, dout)}
+    constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, q, k, v, dout)}
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     dkv = Launch(dkv_kernel, grid, reads("dkv_runs"), ("dk", "dv"), {**numbers, "kv_heads": kv_heads}, constants, *how)
 
     tiles = checked(config.dq, "dq")
     grid = programs(q_size, tiles.block_q, q_heads, given)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dq"])}
-    constants |= {"RUNS": given.dq_runs is not None, "DESCRIPTORS": by_descriptors(tiles, given.planes, k, v)}
+    constants |= {"RUNS": given.dq_runs is not None, "DESCRIPTORS": by_descriptors(tiles, k, v)}
+    constants["EXACT"] = exact
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
-    dq = Launch(dq_kernel, grid, reads("dq_runs"), ("dq",), {**numbers, "q_heads": q_heads}, constants, *how)
+    subtracted = dlse if exact else None
+    dq = Launch(
+        dq_kernel,
+        grid,
+        (*reads("dq_runs"), "dlse" if subtracted else "", *(() if exact else ("",))),
+        ("exact_delta", "dq") if exact else ("dq",),
+        {**numbers, **strides_of(dlse=subtracted), "q_heads": q_heads},
+        constants,
+        *how,
+    )
     launches = [prepare, dkv, dq]
     if given.sinks is not None:
         launches.append(dsinks_launch(given))
-    launches += [
-        dplane_launch(spec, tiles, given, dout, reads(), slot)
-        for slot in spec.plane_gradients
-        if given.planes[slot] is not None
-    ]
+    for slot in slots:
+        of_plane, sums = dplane_launches(
+            spec, tiles, given, dout, reads(delta="exact_delta" if exact else "delta"), slot
+        )
+        launches += of_plane
+        scratch |= sums
     return Plan(tuple(launches), arrays, {**results, **gradient_arrays(spec, given)}, scratch)
+
+
+def _is_of_rows(inputs: AttentionInputs, slot: int) -> bool:
+    """Whether a plane is one number for all keys of a query.
+
+    Its gradient sums what the keys send, times the same error of the query's delta. That of a delta from outputs of 16
+    bits, small beside each term, would not be beside the sum, whose terms cancel.
+    """
+    array = inputs.planes[slot]
+    return array is not None and array.shape[3] == 1

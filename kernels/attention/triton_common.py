@@ -101,14 +101,8 @@ def size_constants(
     }
 
 
-def by_descriptors(tiles: AttentionTiles, planes: tuple[Array | None, ...], *walked: Array) -> bool:
-    """Whether the copy engine loads tiles of these arrays: each head one tile wide, its rows runs at 16 bytes.
-
-    Not beside a plane of both queries and keys, such as a bias: there an H100's gradients were wrong, where those of
-    the same kernel without descriptors, or interpreted, are right.
-    """
-    if any(plane is not None and plane.shape[2] != 1 and plane.shape[3] != 1 for plane in planes):
-        return False
+def by_descriptors(tiles: AttentionTiles, *walked: Array) -> bool:
+    """Whether the copy engine loads tiles of these arrays: each head one tile wide, its rows runs at 16 bytes."""
 
     def allows(array: Array) -> bool:
         batch, *between, column = (stride * ITEM_BYTES[array.dtype] for stride in array.strides)

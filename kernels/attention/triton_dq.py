@@ -16,6 +16,7 @@ from ..tiles.triton_tiles import (
     load_rows,
     load_tile,
     padded,
+    rows_exist,
     runs_of,
     sequence_of,
     store_tile,
@@ -27,10 +28,10 @@ from .triton_weights import weigh
 
 @triton.jit
 def _gather_dq(
-    dq, dq_rest, given, planes, plane_strides, place, scales, start, end, q_len, kv_len,
+    dq, dq_rest, exact, given, planes, plane_strides, place, scales, start, end, q_len, kv_len,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, MASKED: tl.constexpr,
     SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
+    EXACT: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Add what the keys in [start, end) send back to a tile of queries. Tiles are [BLOCK_Q, BLOCK_KV].
@@ -66,21 +67,23 @@ def _gather_dq(
             if DROPOUT is not None:
                 stay = kept(seed, here, DROPOUT, BLOCK_Q, BLOCK_KV, False)
                 dweights = tl.where(stay, dweights / kept_share, 0.0)
+            if EXACT:
+                exact += tl.sum(tl.where(weights != 0.0, weights * dweights, 0.0), axis=1)
             dscores = weights * (dweights - delta_tile[:, None])
             if SLOPE is not None:
                 dscores = tl.where(weights != 0.0, dscores * evaluate(SLOPE, raw, at, plane_tiles), 0.0)
             dq = tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
             if FIRST < HEAD_DIM:
                 dq_rest = tl.dot(dscores.to(k_rest.dtype), k_rest, dq_rest, input_precision="ieee")
-    return dq, dq_rest
+    return dq, dq_rest, exact
 
 
 @triton.jit
 def _walk_dq(
-    dq, dq_rest, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
+    dq, dq_rest, exact, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
     HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
@@ -88,30 +91,30 @@ def _walk_dq(
     start, full_start, full_end, end = ranges
     FULL_MASK: tl.constexpr = None if RUNS else MASK
     if LEFT is not None or RUNS:
-        dq, dq_rest = _gather_dq(
-            dq, dq_rest, given, planes, plane_strides, place, scales, start, full_start, q_len, kv_len,
-            HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
+        dq, dq_rest, exact = _gather_dq(
+            dq, dq_rest, exact, given, planes, plane_strides, place, scales, start, full_start, q_len, kv_len,
+            HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT, EXACT,
             BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
-    dq, dq_rest = _gather_dq(
-        dq, dq_rest, given, planes, plane_strides, place, scales, full_start, full_end, q_len, kv_len,
-        HEAD_DIM, V_DIM, LEFT, RIGHT, False, SCORE, FULL_MASK, SLOPE, SLOTS, DROPOUT,
+    dq, dq_rest, exact = _gather_dq(
+        dq, dq_rest, exact, given, planes, plane_strides, place, scales, full_start, full_end, q_len, kv_len,
+        HEAD_DIM, V_DIM, LEFT, RIGHT, False, SCORE, FULL_MASK, SLOPE, SLOTS, DROPOUT, EXACT,
         BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
-    dq, dq_rest = _gather_dq(
-        dq, dq_rest, given, planes, plane_strides, place, scales, full_end, end, q_len, kv_len,
-        HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
+    dq, dq_rest, exact = _gather_dq(
+        dq, dq_rest, exact, given, planes, plane_strides, place, scales, full_end, end, q_len, kv_len,
+        HEAD_DIM, V_DIM, LEFT, RIGHT, True, SCORE, MASK, SLOPE, SLOTS, DROPOUT, EXACT,
         BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
     )  # fmt: skip
-    return dq, dq_rest
+    return dq, dq_rest, exact
 
 
 @triton.jit(do_not_specialize=["q_size", "kv_size", "sequences"])
 def dq_kernel(
     q, k, v, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, seed, runs,
-    plane0, plane1, plane2, plane3, plane4, plane5, dout, log2_lse, delta, dq,
+    plane0, plane1, plane2, plane3, plane4, plane5, dout, log2_lse, delta, dlse, exact_delta, dq,
     q_batch, q_row, q_head, q_column, k_batch, k_row, k_head, k_column,
-    v_batch, v_row, v_head, v_column, dout_batch, dout_row, dout_head, dout_column,
+    v_batch, v_row, v_head, v_column, dout_batch, dout_row, dout_head, dout_column, dlse_batch, dlse_head, dlse_row,
     plane0_batch, plane0_head, plane0_row, plane0_column, plane1_batch, plane1_head, plane1_row, plane1_column,
     plane2_batch, plane2_head, plane2_row, plane2_column, plane3_batch, plane3_head, plane3_row, plane3_column,
     plane4_batch, plane4_head, plane4_row, plane4_column, plane5_batch, plane5_head, plane5_row, plane5_column,
@@ -119,11 +122,11 @@ def dq_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    DROPOUT: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """dq of BLOCK_Q queries of one head."""
+    """dq of BLOCK_Q queries of one head, and with EXACT their delta, summed from weights that nothing has rounded."""
     planes = (plane0, plane1, plane2, plane3, plane4, plane5)
     plane_strides = (
         (plane0_batch, plane0_head, plane0_row, plane0_column), (plane1_batch, plane1_head, plane1_row, plane1_column),
@@ -164,6 +167,7 @@ def dq_kernel(
         q = q + FIRST * q_column
         q_rest = load_tile(q, first_row, q_len, q_row, q_column, BLOCK_Q, HEAD_DIM - FIRST, True, WIDE)
         dq_rest = tl.zeros([BLOCK_Q, padded(HEAD_DIM - FIRST)], tl.float32)
+    exact = tl.zeros([BLOCK_Q], tl.float32) if EXACT else tl.full((), 0.0, tl.float32)
 
     if DESCRIPTORS:
         k = described(k, 1, kv_len, k_row, k_row, BLOCK_KV, HEAD_DIM)
@@ -185,16 +189,16 @@ def dq_kernel(
     if RUNS:
         first_run, end_run = runs_of(runs, item, head, tile, sequences, PACKED)
         for run in tl.range(first_run, end_run, 2, num_stages=1):
-            dq_tile, dq_rest = _walk_dq(
-                dq_tile, dq_rest, given, planes, plane_strides, place, scales,
+            dq_tile, dq_rest, exact = _walk_dq(
+                dq_tile, dq_rest, exact, given, planes, plane_strides, place, scales,
                 within_run(runs, run, ranges[0], ranges[1], ranges[2], ranges[3], BLOCK_KV), q_len, kv_len,
-                HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
+                HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT, EXACT,
                 BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
             )  # fmt: skip
     else:
-        dq_tile, dq_rest = _walk_dq(
-            dq_tile, dq_rest, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
-            HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT,
+        dq_tile, dq_rest, exact = _walk_dq(
+            dq_tile, dq_rest, exact, given, planes, plane_strides, place, scales, ranges, q_len, kv_len,
+            HEAD_DIM, V_DIM, LEFT, RIGHT, RUNS, SCORE, MASK, SLOPE, SLOTS, DROPOUT, EXACT,
             BLOCK_Q, BLOCK_KV, WIDE, WIDE_PLANES, DESCRIPTORS,
         )  # fmt: skip
     q_rows = batch * tl.cast(q_size, tl.int64)
@@ -202,6 +206,12 @@ def dq_kernel(
     if PACKED:
         q_rows += q_first
         rows_written = q_len
+    if EXACT:
+        if dlse is not None:
+            dlse = advance(advance(advance(dlse, batch, dlse_batch), head, dlse_head), q_first, dlse_row)
+            exact -= load_rows(dlse, first_row, q_len, dlse_row, 0.0, BLOCK_Q)
+        exact_delta = advance(exact_delta, batch * q_heads + head, q_size) + q_first + first_row
+        tl.store(exact_delta + tl.arange(0, BLOCK_Q), exact, mask=rows_exist(first_row, rows_written, BLOCK_Q))
     dq = advance(advance(dq, q_rows, q_heads * HEAD_DIM), head, HEAD_DIM)
     store_tile(dq, dq_tile * scale, first_row, rows_written, q_heads * HEAD_DIM, BLOCK_Q, FIRST, WIDE)
     if FIRST < HEAD_DIM:

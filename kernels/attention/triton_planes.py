@@ -186,17 +186,43 @@ def _tiles(spec: AttentionSpec, tiles: AttentionTiles) -> AttentionTiles:
     return AttentionTiles(min(tiles.block_q, 64), min(tiles.block_kv, 32), warps, 1)
 
 
-def dplane_launch(
+def dplane_launches(
     spec: AttentionSpec,
     dq_tiles: AttentionTiles,
     inputs: AttentionInputs,
     dout: Array,
     reads: tuple[str, ...],
     slot: int,
+) -> tuple[list[Launch], dict[str, Array]]:
+    """The gradient of one plane, and the scratch of it; `reads` are the names of what the kernel of dq reads.
+
+    One of a number for all queries and keys would have a program a head, or one: it is made of one of a number a query.
+    """
+    array = inputs.planes[slot]
+    name, (items, heads, rows, columns) = f"dplane{slot}", array.shape
+    if rows > 1 or columns > 1:
+        return [_dplane_launch(spec, dq_tiles, inputs, dout, reads, slot, name, array.shape)], {}
+    rows = inputs.q.shape[1] if inputs.cu_seqlens_q is None else spec.max_seqlen_q
+    of_rows = contiguous((items, heads, rows, 1), "float32")
+    launches = [
+        _dplane_launch(spec, dq_tiles, inputs, dout, reads, slot, f"{name}_rows", of_rows.shape),
+        Launch(_sum_kernel, (items * heads,), (f"{name}_rows",), (name,), {"size": rows}, {"BLOCK": _SINK_ROWS}),
+    ]
+    return launches, {f"{name}_rows": of_rows}
+
+
+def _dplane_launch(
+    spec: AttentionSpec,
+    dq_tiles: AttentionTiles,
+    inputs: AttentionInputs,
+    dout: Array,
+    reads: tuple[str, ...],
+    slot: int,
+    name: str,
+    shape: tuple[int, ...],
 ) -> Launch:
-    """The gradient of one plane; `reads` are the names of what the kernel of dq reads."""
+    """The launch that writes an array of that name, of the plane's shape or of one that varies more."""
     tiles = _tiles(spec, dq_tiles)
-    shape = inputs.planes[slot].shape
     items = inputs.q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
     varies = tuple(size != 1 for size in shape)
     numbers = {
@@ -218,7 +244,17 @@ def dplane_launch(
     }
     grid = (shape[0] * shape[1] * triton.cdiv(shape[2], tiles.block_q) * triton.cdiv(shape[3], tiles.block_kv),)
     how = tiles.num_warps, tiles.num_stages, spec.dtype
-    return Launch(_dplane_kernel, grid, reads, (f"dplane{slot}",), numbers, constants, *how)
+    return Launch(_dplane_kernel, grid, reads, (name,), numbers, constants, *how)
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_kernel(rows, total, size, BLOCK: tl.constexpr):
+    """The sum of one run of `size` numbers."""
+    rows = advance(rows, tl.program_id(0), size)
+    found = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, size, BLOCK):
+        found += load_rows(rows, first, size, 1, 0.0, BLOCK)
+    tl.store(total + tl.program_id(0), tl.sum(found, axis=0).to(total.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["q_size"])

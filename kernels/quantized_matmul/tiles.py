@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..tiles.formats import FORMATS
 from ..tiles.targets import Target
@@ -56,13 +57,13 @@ _T = QuantizedMatmulTiles
 
 # A tile of weights is turned into numbers once for all rows of a tile, which are therefore many; the float32 sums, the
 # numbers and the codes on their way share the registers (no spills, every format), or a TPU's VMEM. With few rows the
-# tiles keep as many bytes of the weight on their way as the memory needs to be busy.
+# tiles keep as many bytes of the weight on their way as the memory needs to be busy. An H100 chose those of sm_90.
 _WEIGHTS = {
     "sm_80": QuantizedMatmulConfig(
         _T(128, 128, 64, num_warps=8, num_stages=3), _T(32, 64, 128, num_stages=4), _T(128, 64, 32)
     ),
     "sm_90": QuantizedMatmulConfig(
-        _T(128, 128, 64, num_warps=8, num_stages=3), _T(64, 64, 128, num_stages=4), _T(128, 64, 64, num_warps=8)
+        _T(128, 128, 64, num_warps=8, num_stages=3), _T(64, 64, 128, num_stages=4), _T(256, 32, 64, num_stages=4)
     ),
     "sm_100": QuantizedMatmulConfig(
         _T(128, 128, 64, num_warps=8, num_stages=3), _T(64, 64, 128, num_stages=4), _T(128, 64, 64)
@@ -75,6 +76,13 @@ _WEIGHTS = {
     "v6e": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 2048, 512), _T(1024, 512, 512)),
     "v7x": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 1024, 1024), _T(1024, 512, 512)),
 }
+_OF_BLOCKS = {"da": _T(256, 64, 64, num_warps=8, num_stages=3)}
+_ON_SM_90: dict[str, dict[str, Any]] = {  # by format, what differs
+    "int4": {"forward": _T(128, 128, 32, num_stages=3), "da": _T(128, 64, 64, num_warps=8, num_stages=3)},
+    "mxfp4": _OF_BLOCKS,
+    "mxfp8": _OF_BLOCKS,
+}
+_BYTES_WITHOUT_GROUPS_ON_SM_90 = _T(128, 128, 64, num_stages=3)
 _PACKED_ON_SM_80 = _T(64, 128, 32, num_stages=3)  # two tiles of numbers at a time beside mma's operands
 _LEAST_ROWS = {  # of a tile of codes by codes: fewer are none that these chips' instructions for them multiply
     ("sm_90", "int8"): 64,
@@ -99,6 +107,10 @@ def choose_config(spec: QuantizedMatmulSpec, target: Target) -> QuantizedMatmulC
     if spec.dtype == "float32":
         return replace(_FLOAT32_TPU if target.is_tpu else _FLOAT32_GPU, processors=target.processors)
     config = replace(_WEIGHTS[target.name], processors=target.processors)
+    if target.name == "sm_90":
+        config = replace(config, **_ON_SM_90.get(spec.format, {}))
+        if spec.format == "int8" and not spec.group_size:
+            config = replace(config, forward=_BYTES_WITHOUT_GROUPS_ON_SM_90)
     if spec.a_format is not None and target.is_gpu:
         least = _LEAST_ROWS.get((target.name, spec.a_format), 16)
         return replace(

@@ -6,6 +6,7 @@ import re
 import threading
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -94,6 +95,8 @@ def a_gpu_that_keeps_launches(monkeypatch):
     "name",
     [
         "llama-3.2-1b@q_len=256,kv_len=256",
+        "mpt-7b-alibi@q_len=256,kv_len=256",
+        "llama-3-8b-bias@q_len=256,kv_len=256",
         "llama-3-8b-down@m=256",
         "llama-3-8b-norm@rows=64",
         "llama-3-8b-rotary@length=64",
@@ -110,7 +113,7 @@ def test_a_call_launches_what_pack_compiles(name, a_gpu_that_keeps_launches):
         launches, arrays = plan_of(Job("sm_90", shape.op, direction, name, "bfloat16"))
         packed_keys |= {key_of(launch, arrays) for launch in launches}
     arrays = chip.random_arrays(shape, "bfloat16", "cpu")
-    chip._results(shape, arrays, shape.leaves("bfloat16"), "triton")
+    chip._results(partial(chip._call, shape, implementation="triton"), arrays, shape.leaves("bfloat16"))
     assert a_gpu_that_keeps_launches
     for launch, tensors in a_gpu_that_keeps_launches:
         names = (*launch.inputs, *launch.outputs)

@@ -1,5 +1,6 @@
 """torch: the registered ops under autograd, compile, vmap and opcheck, through each implementation."""
 
+import numpy as np
 import pytest
 from sweeps import one_in
 
@@ -190,6 +191,17 @@ def test_broadcast_batches_of_matmul(kernel):
     torch.testing.assert_close(
         torch.autograd.grad(out, inputs, weights), torch.autograd.grad(expected, inputs, weights)
     )
+
+
+def test_what_the_host_knows_is_copied_once():
+    """Into a CUDA graph no copy can go; the device "meta" stands for one."""
+    device, ids = torch.device("meta"), np.arange(8, dtype=np.int32)
+    copy = glue._on_device(ids, device)
+    assert glue._on_device(ids.copy(), device) is copy
+    assert glue._on_device(ids + 1, device) is not copy
+    assert glue._on_device(ids.astype(np.int64), device).dtype == torch.int64
+    large = np.zeros(glue._LARGE + 1, np.int8)
+    assert glue._on_device(large, device) is not glue._on_device(large, device)
 
 
 def test_devices_must_agree():

@@ -329,11 +329,8 @@ def test_the_copy_engine_loads_what_addresses_do(name):
     ],
 )  # fmt: skip
 def test_what_the_copy_engine_can_load(array, loads):
-    tiles = AttentionTiles(16, 16, descriptors=1)
-    row, bias = Array((1, 1, 64, 1), "int32", (64, 64, 1, 1)), Array((1, 4, 64, 64), "float32", (16384, 4096, 64, 1))
-    assert triton_common.by_descriptors(tiles, (None, row), array) is loads
-    assert not triton_common.by_descriptors(tiles, (None, bias), array)
-    assert not triton_common.by_descriptors(AttentionTiles(16, 16), (), array)
+    assert triton_common.by_descriptors(AttentionTiles(16, 16, descriptors=1), array) is loads
+    assert not triton_common.by_descriptors(AttentionTiles(16, 16), array)
 
 
 @pytest.mark.parametrize("size", [8, 48])

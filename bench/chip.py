@@ -65,6 +65,7 @@ class Row:
     flops: float = 0.0
     ours: Timing | None = None
     peers: dict[str, Timing] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     problem: str = ""
 
     @property
@@ -174,12 +175,12 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
         row.ours = _time(partial(_direction, call, arrays, leaves, direction))
         for name, other in peers_of(shape, direction).items():
             try:
-                result = _first(other({name: array.clone() for name, array in arrays.items()}))
-                if _compare(result, theirs[0], exact[0], dtype)[1] > _PEER_ERROR:
-                    raise RuntimeError(f"{name} computes something else")
-                row.peers[name] = _time(partial(_direction, other, arrays, leaves, direction))
-            except RuntimeError:  # a backend that does not take the shape
-                continue
+                own = {array_name: array.clone() for array_name, array in arrays.items()}  # it may write over them
+                if _compare(_first(other(own)), theirs[0], exact[0], dtype)[1] > _PEER_ERROR:
+                    raise RuntimeError("it computes something else")
+                row.peers[name] = _time(partial(_direction, other, own, leaves, direction))
+            except Exception as refusal:  # whatever a peer raises, of a shape that it does not take, is its own
+                row.refused[name] = str(refusal).splitlines()[0][:200]
         yield row
 
 
@@ -300,17 +301,24 @@ def _time(prepare: Callable[[], Callable[[], Any]]) -> Timing:
 
 
 def _recorded(function: Callable[[], Any], stream: Any, calls: int) -> Callable[[], Any] | None:
-    """What runs a CUDA graph of so many calls; None where the call waits for the GPU in between."""
+    """What runs a CUDA graph of so many calls; None where the call waits for the GPU in between.
+
+    Whether it waits is found before, for torch's generator of random numbers does not survive a graph that fails.
+    """
     import torch
 
-    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                function()
+        with torch.cuda.stream(stream):
+            function()
     except RuntimeError:
-        torch.cuda.synchronize()
         return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            function()
     return graph.replay
 
 
@@ -362,6 +370,9 @@ def show(rows: Sequence[Row], console: Console) -> None:
             f"{best / row.ours.median:.2f}",
         )
     console.print(table)
+    for row in rows:
+        for name, why in row.refused.items():
+            console.print(f"{row.shape}, {row.direction}: {name} has no time: {why}", highlight=False, markup=False)
     failed = sum(not row.passes for row in rows)
     verdict = f"[red]{failed} of {len(rows)} fail[/]" if failed else "[green]all within the allowed error[/]"
     console.print(f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}: {verdict}", highlight=False)

@@ -138,9 +138,15 @@ def _fla(shape: AttentionShape, arrays: Mapping[str, Any]) -> Any:
     function = import_module("fla.ops.attn.parallel").parallel_attn
     q, k, v = (arrays[name] if arrays[name].dim() == 4 else arrays[name][None] for name in "qkv")
     window = None if shape.window is None else shape.window + 1  # it counts a query's own key
-    starts = arrays["cu_seqlens_q"].long() if shape.packed else None
+    starts = _long(arrays["cu_seqlens_q"]) if shape.packed else None
     out = function(q, k, v, scale=shape.head_dim**-0.5, window_size=window, cu_seqlens=starts)
     return out.reshape(arrays["q"].shape)
+
+
+@lru_cache(maxsize=1)
+def _long(starts: Any) -> Any:
+    """Once, for FLA keeps what it makes of the very tensor."""
+    return starts.long()
 
 
 def _installed(package: str) -> bool:

@@ -59,7 +59,7 @@ def program_of(
         registers=facts.registers,
         shared=compiled.metadata.shared,
         spills=facts.spills,
-        memory_bytes=sum(array_bytes(arrays[name]) for name in named),
+        memory_bytes=round(sum(array_bytes(arrays[name]) * launch.shares.get(name, 1.0) for name in named)),
         tensor_memory=getattr(compiled.metadata, "tmem_size", 0),
         elements=_Elements(launch, arrays, steering or {}),
     )

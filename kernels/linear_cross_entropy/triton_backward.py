@@ -265,6 +265,10 @@ def _dlogits_launch(
         (batch * triton.cdiv(part.tokens, block_t) * triton.cdiv(part.rows, block_v),),
         inputs=("hidden", "weight", "targets", *statistics),
         outputs=("dlogits",),
+        shares={
+            "hidden": part.tokens / arrays["hidden"].shape[1],
+            "weight": min(1.0, part.rows / arrays["weight"].shape[1]),
+        },
         **arguments | {"numbers": {**arguments["numbers"], **numbers}, "constants": {**constants, **flags}},
     )
 
@@ -351,6 +355,7 @@ def _product_launch(
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         },
+        shares={b_name: min(k, b_count - b_first) / b_count, out.name: m / out.count},
         num_warps=warps(tiles.num_warps, blocks[0] * blocks[1] // (block_m * block_n)),
         num_stages=tiles.num_stages,
         dot_dtype=a.dtype,

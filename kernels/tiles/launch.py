@@ -50,6 +50,7 @@ class Launch:
         dot_dtype: the dtype its dots multiply, "" where it has none (a compile check expects matrix instructions).
         without_memory: constants to take instead where the runner has no memory to give to a kernel while it runs, as
             tensor descriptors need.
+        shares: of arrays of which it touches a part, which part of them that is; by name.
     """
 
     kernel: Any
@@ -62,6 +63,7 @@ class Launch:
     num_stages: int = 2
     dot_dtype: str = ""
     without_memory: Mapping[str, Any] = field(default_factory=dict)
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = (*self.inputs, *self.outputs)

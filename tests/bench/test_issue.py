@@ -63,6 +63,21 @@ def test_slower_memory_is_slower() -> None:
     assert GPUS["sm_80"].memory_seconds(10**6) < 10**6 / 1e9 / GPUS["sm_80"].bandwidth  # from the cache
 
 
+def test_an_array_that_is_read_in_part_counts_in_part() -> None:
+    """The launches that make dweight, each a part of the vocabulary from all tokens, write it once together."""
+    plan = gpu_plan(Job("sm_90", "linear_cross_entropy", "backward", "llama-3-8b-head@tokens=512", "bfloat16"))
+    arrays = {**plan.inputs, **plan.outputs, **plan.scratch}
+    makers = [launch for launch in plan.launches if "dweight" in launch.outputs]
+    assert len(makers) > 50
+    assert sum(launch.shares["dweight"] for launch in makers) == pytest.approx(1.0)
+    assert all(0 < share <= 1 for launch in plan.launches for share in launch.shares.values())
+    part, whole = (
+        program_of(launch, arrays, get_target("sm_90")).memory_bytes
+        for launch in (makers[0], replace(makers[0], shares={}))
+    )
+    assert part < 0.05 * whole
+
+
 def test_a_target_that_is_no_gpu_is_refused() -> None:
     with pytest.raises(IssueError, match="v6e"):
         predict(Job("v6e", "matmul", "forward", "square-4096", "bfloat16"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from installed import needs_jax_triton
 
 import crosstile
 from crosstile import glu_matmul
@@ -22,7 +22,6 @@ from crosstile import torch as glue  # noqa: E402
 KERNELS = ["numpy", "triton", "pallas"]
 K, N = 20, 12
 SHAPES = ((2, 3, K), (K, N), (K, N))
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 def loss(xp, implementation, activation="gelu_tanh"):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from installed import needs_jax_triton
 
 import crosstile
 from crosstile import grouped_glu_matmul, grouped_matmul
@@ -21,7 +21,6 @@ from crosstile import torch as glue  # noqa: E402
 KERNELS = ["numpy", "triton", "pallas"]
 TOKENS, K, N, SIZES = 14, 20, 12, (5, 0, 7)
 SHAPES = ((TOKENS, K), (len(SIZES), K, N), (len(SIZES), K, N))
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 def loss(xp, implementation, sizes=SIZES):

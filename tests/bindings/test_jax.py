@@ -2,9 +2,9 @@
 
 import os
 import re
-from importlib.util import find_spec
 
 import pytest
+from installed import needs_jax_triton
 
 import crosstile
 
@@ -13,7 +13,6 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 KERNELS = ["numpy", "triton", "pallas"]
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 @pytest.fixture(params=KERNELS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from installed import needs_jax_triton
 
 import crosstile
 from crosstile import layer_norm, rms_norm
@@ -20,7 +20,6 @@ from crosstile import torch as glue  # noqa: E402
 
 KERNELS = ["numpy", "triton", "pallas"]
 SHAPE, HIDDEN = (2, 3, 20), 20
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 def rms(xp, implementation):

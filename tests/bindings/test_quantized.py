@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import ml_dtypes
 import numpy as np
 import pytest
+from installed import needs_jax_triton
 
 import crosstile
 from crosstile import Quantized, matmul, quantize
@@ -20,7 +19,6 @@ from crosstile import torch as glue  # noqa: E402
 
 KERNELS = ["numpy", "triton", "pallas"]
 K, N = 40, 12
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 @pytest.fixture(params=KERNELS)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
+from installed import needs_jax_triton
 from sweeps import one_in
 
 import crosstile
@@ -27,7 +27,6 @@ OPTIONS = {
     "half": {},
     "interleaved": {"interleaved": True, "rotary_dim": 6, "scaling": YARN},
 }
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 
 
 def turn(xp, positions, implementation, options):

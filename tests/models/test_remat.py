@@ -2,12 +2,12 @@
 
 from collections import Counter
 from dataclasses import replace
-from importlib.util import find_spec
 
 import jax
 import numpy as np
 import pytest
 import torch
+from installed import needs_jax_triton
 from jax.extend.core import jaxprs_in_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,7 +19,6 @@ from crosstile.models.remat import POLICIES, remat
 from crosstile.models.stacking import stack, unstack
 from crosstile.models.transformer import block
 
-needs_jax_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="jax-triton lowers for CUDA")
 CONFIG = Config(64, 32, 96, 4, 2, 8, (Layer(window=5), Layer()) * 2)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 25)).astype(np.int32)
 

@@ -183,10 +183,10 @@ def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
             f"{names[0]}: got {_type_name(arrays[0])}; it must be a numpy.ndarray, torch.Tensor or jax.Array"
         )
     kind = type(arrays[0])
-    for name, array in zip(names, arrays, strict=True):
+    for index, array in enumerate(arrays):
         if array is not None and type(array) is not kind and _framework(array) != first:
             raise TypeError(
-                f"{name}: got {_type_name(array)} where {names[0]} is {_type_name(arrays[0])}; "
+                f"{names[index]}: got {_type_name(array)} where {names[0]} is {_type_name(arrays[0])}; "
                 f"all arrays of a call must come from one framework, so convert one of them"
             )
     return first
@@ -194,8 +194,7 @@ def framework_of(names: tuple[str, ...], arrays: tuple[Any, ...]) -> str:
 
 def _framework_of(op: Op, arrays: tuple[Any, ...]) -> str:
     """That of the op's arrays, beside which those that the host may know can be NumPy's."""
-    known: tuple[str, ...] = getattr(op.module("spec"), "KNOWN_TO_HOST", ())
-    if known and any(array is not None for array in arrays[-len(known) :]):
+    if known := _known_to_host(op, arrays):
         kept = [
             (name, array)
             for name, array in zip(op.inputs, arrays, strict=True)
@@ -203,6 +202,15 @@ def _framework_of(op: Op, arrays: tuple[Any, ...]) -> str:
         ]
         return framework_of(*map(tuple, zip(*kept, strict=True)))
     return framework_of(op.inputs, arrays)
+
+
+def _known_to_host(op: Op, arrays: tuple[Any, ...]) -> tuple[str, ...]:
+    """The inputs that the host may know, which are the op's last; () where the call has none of them."""
+    known: tuple[str, ...] = getattr(op.module("spec"), "KNOWN_TO_HOST", ())
+    for array in arrays[len(arrays) - len(known) :]:
+        if array is not None:
+            return known
+    return ()
 
 
 def _framework(array: Any) -> str | None:
@@ -293,8 +301,7 @@ def run(op: Op, spec: Any, arrays: tuple[Any, ...], implementation: str | None, 
 
 
 def _library(op: Op, framework: str, spec: Any, arrays: tuple[Any, ...]) -> tuple[Any, ...]:
-    known_to_host: tuple[str, ...] = getattr(op.module("spec"), "KNOWN_TO_HOST", ())
-    if known_to_host and len(arrays) == len(op.inputs):
+    if len(arrays) == len(op.inputs) and _known_to_host(op, arrays):
         arrays = glue(framework).own(arrays, arrays[0])
     outputs: tuple[Any, ...] = op.module("library").forward(spec, *arrays)
     return outputs

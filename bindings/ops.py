@@ -112,24 +112,29 @@ def attention(
     """
     if dispatch.spreading():
         return sharding.call(attention, locals())
-    beside = {
-        "softcap": softcap,
-        "bias": bias,
-        "mask": mask,
-        "segment_ids": segment_ids,
-        "q_lengths": q_lengths,
-        "kv_lengths": kv_lengths,
-        "sinks": sinks,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-        "dropout": dropout or None,
-        "dropout_seed": dropout_seed if dropout else None,
-        "q_scale": q_scale,
-        "k_scale": k_scale,
-        "v_scale": v_scale,
-        "scale_block": scale_block,
-        "out_dtype": out_dtype,
-    }
+    beside: dict[str, Any] = {}
+    nothing = (
+        softcap is bias is mask is segment_ids is q_lengths is kv_lengths is sinks is score_mod is mask_mod is None
+    )
+    if not (nothing and q_scale is k_scale is v_scale is scale_block is out_dtype is None and not dropout):
+        beside = {
+            "softcap": softcap,
+            "bias": bias,
+            "mask": mask,
+            "segment_ids": segment_ids,
+            "q_lengths": q_lengths,
+            "kv_lengths": kv_lengths,
+            "sinks": sinks,
+            "score_mod": score_mod,
+            "mask_mod": mask_mod,
+            "dropout": dropout or None,
+            "dropout_seed": dropout_seed if dropout else None,
+            "q_scale": q_scale,
+            "k_scale": k_scale,
+            "v_scale": v_scale,
+            "scale_block": scale_block,
+            "out_dtype": out_dtype,
+        }
     spec, arrays = arguments.prepare_attention(
         q, k, v, causal=causal, window=window, scale=scale, return_lse=return_lse, **beside
     )

@@ -48,8 +48,8 @@ def _is_plain(
 
 def _torch(spec: AttentionSpec, q: Any, k: Any, v: Any) -> Any:
     import torch
-    from torch.nn.functional import scaled_dot_product_attention
 
+    scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention
     q_len, kv_len = q.shape[1], k.shape[1]
     grouped = True if q.shape[2] != k.shape[2] else False  # noqa: SIM210 (a bool, where torch.compile has a SymBool)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

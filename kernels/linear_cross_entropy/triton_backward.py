@@ -266,8 +266,8 @@ def _dlogits_launch(
         inputs=("hidden", "weight", "targets", *statistics),
         outputs=("dlogits",),
         shares={
-            "hidden": part.tokens / arrays["hidden"].shape[1],
-            "weight": min(1.0, part.rows / arrays["weight"].shape[1]),
+            "hidden": _share(part.tokens, arrays["hidden"].shape[1]),
+            "weight": _share(part.rows, arrays["weight"].shape[1]),
         },
         **arguments | {"numbers": {**arguments["numbers"], **numbers}, "constants": {**constants, **flags}},
     )
@@ -355,8 +355,13 @@ def _product_launch(
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
         },
-        shares={b_name: min(k, b_count - b_first) / b_count, out.name: m / out.count},
+        shares={b_name: _share(min(k, b_count - b_first), b_count), out.name: _share(m, out.count)},
         num_warps=warps(tiles.num_warps, blocks[0] * blocks[1] // (block_m * block_n)),
         num_stages=tiles.num_stages,
         dot_dtype=a.dtype,
     )
+
+
+def _share(part: int, whole: int) -> float:
+    """Which part of an array that is; a last part may be cut short."""
+    return min(1.0, part / whole) if whole else 1.0

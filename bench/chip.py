@@ -24,7 +24,7 @@ from crosstile.kernels.tiles.targets import Target
 from crosstile.kernels.tiles.tuned import changed_tiles
 
 from .attention_shapes import AttentionShape
-from .chip_peers import attention_of_float8, library, peers_of
+from .chip_peers import attention_of_float8, peers_of
 from .cross_entropy_shapes import CrossEntropyShape
 from .programs import Job
 from .shape import Shape
@@ -125,7 +125,7 @@ def timing(job: Job) -> Callable[[Mapping[str, int]], float]:
     leaves = shape.leaves(job.dtype)
 
     def evaluate(tiles: Mapping[str, int]) -> float:
-        call = partial(_call, shape, implementation="triton", config=changed_tiles(chosen_tiles(job), tiles))
+        call = partial(shape.run, implementation="triton", config=changed_tiles(chosen_tiles(job), tiles))
         try:
             if job.direction == "saving":
                 return _time(lambda: lambda: _differentiable(call, arrays, leaves)).median
@@ -154,8 +154,8 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
 
     arrays = random_arrays(shape, dtype, device)
     leaves = shape.leaves(dtype)
-    call = partial(_call, shape, implementation="triton")
-    peer = partial(library, shape)
+    call = partial(shape.run, implementation="triton")
+    peer = partial(shape.run, implementation="library")
     ours, again = (_results(call, arrays, leaves) for _ in range(2))
     if isinstance(shape, AttentionShape) and shape.float8:
         theirs, exact = ([attention_of_float8(shape, arrays, rounds=rounds)] for rounds in (True, False))
@@ -176,7 +176,7 @@ def _bench(shape: Shape, dtype: str, device: str) -> Iterator[Row]:
         for name, other in peers_of(shape, direction).items():
             try:
                 own = {array_name: array.clone() for array_name, array in arrays.items()}  # it may write over them
-                if _compare(_first(other(own)), theirs[0], exact[0], dtype)[1] > _PEER_ERROR:
+                if _compare(_results(other, own, [])[0], theirs[0], exact[0], dtype)[1] > _PEER_ERROR:
                     raise RuntimeError("it computes something else")
                 row.peers[name] = _time(partial(_direction, other, own, leaves, direction))
             except Exception as refusal:  # whatever a peer raises, of a shape that it does not take, is its own
@@ -209,12 +209,6 @@ def random_arrays(shape: Shape, dtype: str, device: str) -> dict[str, Any]:
         return (normal.abs() if name.endswith("_scale") else normal).to(getattr(torch, kind))
 
     return {name: make(name, size, kind) for name, (size, kind) in shape.arrays(dtype).items()}
-
-
-def _call(shape: Shape, arrays: dict[str, Any], implementation: str, config: Any = None) -> Any:
-    import crosstile
-
-    return getattr(crosstile, shape.function)(**shape.call(arrays), implementation=implementation, config=config)
 
 
 def _results(function: Callable[[dict[str, Any]], Any], arrays: dict[str, Any], leaves: list[str]) -> list[Any]:
@@ -258,10 +252,6 @@ def _direction(
     if direction == "both":
         return lambda: torch.autograd.grad(*_differentiable(function, arrays, leaves), gradients)
     return lambda: torch.autograd.grad(outs, variables, gradients, retain_graph=True)
-
-
-def _first(result: Any) -> Any:
-    return result[0] if isinstance(result, tuple) else result
 
 
 def _compare(ours: Any, theirs: Any, exact: Any, dtype: str) -> tuple[float, float]:

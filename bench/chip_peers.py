@@ -23,7 +23,7 @@ Peer = Callable[[Mapping[str, Any]], Any]
 
 def peers_of(shape: Shape, direction: str) -> dict[str, Peer]:
     """The peers of one direction by name; "both" is a forward and its backward in one call."""
-    peers: dict[str, Peer] = {"torch's ops": partial(library, shape)}
+    peers: dict[str, Peer] = {"torch's ops": partial(shape.run, implementation="library")}
     if isinstance(shape, CrossEntropyShape):
         peers["logits"] = partial(_loss_of_logits, shape)
         if direction == "both" and shape.softcap is None and _installed("liger_kernel"):
@@ -35,13 +35,6 @@ def peers_of(shape: Shape, direction: str) -> dict[str, Peer]:
     if isinstance(shape, RotaryShape) and _liger_turns(shape) and _installed("liger_kernel"):
         peers["Liger, in place"] = partial(_liger_rope, shape)
     return peers
-
-
-def library(shape: Shape, arrays: Mapping[str, Any]) -> Any:
-    """The same call by the framework's own ops."""
-    import crosstile
-
-    return getattr(crosstile, shape.function)(**shape.call(arrays), implementation="library")
 
 
 def attention_of_float8(shape: AttentionShape, arrays: Mapping[str, Any], *, rounds: bool) -> Any:

@@ -124,8 +124,7 @@ def tpu_program(job: Job, config: Any = None) -> tuple[Callable[..., Any], tuple
     others = {name: struct for name, struct in structs.items() if name not in floats}
 
     def call(floats: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
-        arguments = shape.call({**floats, **others})
-        return getattr(crosstile, shape.function)(**arguments, config=config, implementation="pallas")
+        return shape.run({**floats, **others}, implementation="pallas", config=config)
 
     def for_target(function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

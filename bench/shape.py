@@ -85,6 +85,13 @@ class Shape(ABC):
         """The public function's arguments by name, made of those arrays in any framework."""
         return dict(arrays)
 
+    def run(self, arrays: Mapping[str, Any], *, implementation: str, config: Any = None) -> Any:
+        """What the public function returns for those arrays."""
+        import crosstile
+
+        function = getattr(crosstile, self.function)
+        return function(**self.call(arrays), implementation=implementation, config=config)
+
     def prepare(self, dtype: str) -> tuple[Any, tuple[Any, ...]]:
         """The spec and the kernels' inputs as the public function makes them, of NumPy arrays of zeros."""
         from crosstile import calls

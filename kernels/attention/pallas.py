@@ -34,7 +34,7 @@ from .pallas_planes import exact_delta
 from .pallas_planes import gradient as gradient_of_plane
 from .pallas_tiling import Tiling
 from .sparsity import with_runs
-from .spec import INPUTS, AttentionInputs, AttentionSpec
+from .spec import INPUTS, AttentionInputs, AttentionSpec, needs_exact_delta
 from .tiles import AttentionConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU's compiler multiplies; interpreted, float16 too
@@ -168,9 +168,7 @@ def _backward(
     statistics = jnp.where(blind, jnp.inf, lse * LOG2_E), jnp.where(blind, 0, delta) if lengths else delta
     operands = spec, config, target, arrays, lengths, dout, statistics
     found |= zip(("q", "k", "v"), backward_of_qkv(*operands), strict=True)
-    if spec.dtype != "float32" and any(arrays.planes[slot].shape[3] == 1 for slot in slots):
-        # Of a number for all keys of a query, the gradient sums what they send, times the same error of delta. That of
-        # a delta from outputs of 16 bits, small beside each term, would not be beside the sum, whose terms cancel.
+    if needs_exact_delta(spec, arrays.planes):
         operands = *operands[:-1], (statistics[0], exact_delta(operands) - subtracted)
     found |= {f"plane{slot}": gradient_of_plane(operands, slot) for slot in slots}
     return found

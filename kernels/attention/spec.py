@@ -152,6 +152,16 @@ def differentiable(spec: AttentionSpec) -> tuple[str, ...]:
     return ("q", "k", "v", "sinks", *(f"plane{slot}" for slot in spec.plane_gradients))
 
 
+def needs_exact_delta(spec: AttentionSpec, planes: Sequence[Any]) -> bool:
+    """Whether a plane of one number for all keys of a query has a gradient, in 16 bits.
+
+    It sums what the keys send, times the same error of the query's delta. That of a delta from outputs of 16 bits,
+    small beside each term, would not be beside the sum, whose terms cancel.
+    """
+    asked = (planes[slot] for slot in spec.plane_gradients)
+    return spec.dtype != "float32" and any(plane is not None and plane.shape[3] == 1 for plane in asked)
+
+
 def facts(dtype: str, q: Any, k: Any, v: Any, *others: Any) -> dict[str, Any]:
     """The fields in `FACTS`, which the arrays decide; the others are the options of the call."""
     return {"dtype": dtype, "head_dim": q.shape[-1], "v_dim": v.shape[-1]}

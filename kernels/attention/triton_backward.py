@@ -8,7 +8,7 @@ from __future__ import annotations
 from math import e, log2
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
-from .spec import INPUTS, AttentionInputs, AttentionSpec
+from .spec import INPUTS, AttentionInputs, AttentionSpec, needs_exact_delta
 from .tiles import AttentionConfig
 from .triton_common import (
     arrays_of,
@@ -48,7 +48,7 @@ def backward(
         arrays["dlse"] = dlse
     results = {name: contiguous(array.shape, spec.dtype) for name, array in (("dq", q), ("dk", k), ("dv", v))}
     slots = [slot for slot in spec.plane_gradients if given.planes[slot] is not None]
-    exact = spec.dtype != "float32" and any(_is_of_rows(given, slot) for slot in slots)
+    exact = needs_exact_delta(spec, given.planes)
     statistics = ("log2_lse", "delta", *(("exact_delta",) if exact else ()))
     scratch = {name: contiguous((batch, q_heads, q_size), "float32") for name in statistics}
 
@@ -94,19 +94,7 @@ def backward(
     if given.sinks is not None:
         launches.append(dsinks_launch(given))
     for slot in slots:
-        of_plane, sums = dplane_launches(
-            spec, tiles, given, dout, reads(delta="exact_delta" if exact else "delta"), slot
-        )
+        of_plane, sums = dplane_launches(spec, tiles, given, dout, reads(delta=statistics[-1]), slot)
         launches += of_plane
         scratch |= sums
     return Plan(tuple(launches), arrays, {**results, **gradient_arrays(spec, given)}, scratch)
-
-
-def _is_of_rows(inputs: AttentionInputs, slot: int) -> bool:
-    """Whether a plane is one number for all keys of a query.
-
-    Its gradient sums what the keys send, times the same error of the query's delta. That of a delta from outputs of 16
-    bits, small beside each term, would not be beside the sum, whose terms cancel.
-    """
-    array = inputs.planes[slot]
-    return array is not None and array.shape[3] == 1

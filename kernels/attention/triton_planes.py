@@ -28,7 +28,7 @@ from .tiles import AttentionTiles
 from .triton_common import score_constants, score_numbers, sink_strides, size_constants, slope_of, strides_of
 from .triton_weights import weigh
 
-_SINK_ROWS = 512
+_SUMMED = 512  # numbers at a time
 
 
 @triton.jit
@@ -198,40 +198,23 @@ def dplane_launches(
 
     One of a number for all queries and keys would have a program a head, or one: it is made of one of a number a query.
     """
-    array = inputs.planes[slot]
-    name, (items, heads, rows, columns) = f"dplane{slot}", array.shape
-    if rows > 1 or columns > 1:
-        return [_dplane_launch(spec, dq_tiles, inputs, dout, reads, slot, name, array.shape)], {}
-    rows = inputs.q.shape[1] if inputs.cu_seqlens_q is None else spec.max_seqlen_q
-    of_rows = contiguous((items, heads, rows, 1), "float32")
-    launches = [
-        _dplane_launch(spec, dq_tiles, inputs, dout, reads, slot, f"{name}_rows", of_rows.shape),
-        Launch(_sum_kernel, (items * heads,), (f"{name}_rows",), (name,), {"size": rows}, {"BLOCK": _SINK_ROWS}),
-    ]
-    return launches, {f"{name}_rows": of_rows}
-
-
-def _dplane_launch(
-    spec: AttentionSpec,
-    dq_tiles: AttentionTiles,
-    inputs: AttentionInputs,
-    dout: Array,
-    reads: tuple[str, ...],
-    slot: int,
-    name: str,
-    shape: tuple[int, ...],
-) -> Launch:
-    """The launch that writes an array of that name, of the plane's shape or of one that varies more."""
     tiles = _tiles(spec, dq_tiles)
-    items = inputs.q.shape[0] if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.shape[0] - 1
-    varies = tuple(size != 1 for size in shape)
+    name, shape = f"dplane{slot}", inputs.planes[slot].shape
+    packed = inputs.cu_seqlens_q is not None
+    sums: list[Launch] = []
+    scratch: dict[str, Array] = {}
+    if shape[2] == shape[3] == 1:
+        total, name, rows = name, f"{name}_rows", spec.max_seqlen_q if packed else inputs.q.shape[1]
+        shape = *shape[:2], rows, 1
+        scratch[name] = contiguous(shape, "float32")
+        sums.append(Launch(_sum_kernel, (shape[0] * shape[1],), (name,), (total,), {"size": rows}, {"BLOCK": _SUMMED}))
     numbers = {
         **strides_of(q=inputs.q, k=inputs.k, v=inputs.v, dout=dout),
         **score_numbers(spec, inputs),
         "score_scale": spec.softmax_scale,
         "kept_share": 1 - spec.dropout if spec.dropout else None,
         "q_heads": inputs.q.shape[2],
-        "items": items,
+        "items": inputs.cu_seqlens_q.shape[0] - 1 if packed else inputs.q.shape[0],
         "rows": shape[2],
         "columns": shape[3],
     }
@@ -240,11 +223,11 @@ def _dplane_launch(
         **size_constants(spec, tiles, inputs, dout),
         "SCORE": score_constant(spec.score or SCORE),
         "SLOPE": slope_of(spec, plane(slot)),
-        "VARIES": varies,
+        "VARIES": tuple(size != 1 for size in shape),
     }
     grid = (shape[0] * shape[1] * triton.cdiv(shape[2], tiles.block_q) * triton.cdiv(shape[3], tiles.block_kv),)
     how = tiles.num_warps, tiles.num_stages, spec.dtype
-    return Launch(_dplane_kernel, grid, reads, (name,), numbers, constants, *how)
+    return [Launch(_dplane_kernel, grid, reads, (name,), numbers, constants, *how), *sums], scratch
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -277,7 +260,7 @@ def dsinks_launch(inputs: AttentionInputs) -> Launch:
     numbers = {**sink_strides(inputs), "q_size": inputs.q.shape[1], "q_heads": inputs.q.shape[2]}
     grid = (inputs.q.shape[0] * inputs.q.shape[2],)
     reads = ("sinks", "log2_lse", "delta")
-    return Launch(_dsinks_kernel, grid, reads, ("dsinks",), numbers, {"BLOCK_Q": _SINK_ROWS})
+    return Launch(_dsinks_kernel, grid, reads, ("dsinks",), numbers, {"BLOCK_Q": _SUMMED})
 
 
 def gradient_arrays(spec: AttentionSpec, inputs: AttentionInputs) -> dict[str, Array]:

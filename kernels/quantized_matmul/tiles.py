@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..tiles.formats import FORMATS
 from ..tiles.targets import Target
 from .spec import QuantizedMatmulSpec
 
@@ -77,13 +76,15 @@ _WEIGHTS = {
     "v7x": QuantizedMatmulConfig(_T(1024, 1024, 512), _T(64, 1024, 1024), _T(1024, 512, 512)),
 }
 _OF_BLOCKS = {"da": _T(256, 64, 64, num_warps=8, num_stages=3)}
-_ON_SM_90: dict[str, dict[str, Any]] = {  # by format, what differs
-    "int4": {"forward": _T(128, 128, 32, num_stages=3), "da": _T(128, 64, 64, num_warps=8, num_stages=3)},
-    "mxfp4": _OF_BLOCKS,
-    "mxfp8": _OF_BLOCKS,
+_PACKED_ON_SM_80 = {"forward": _T(64, 128, 32, num_stages=3)}  # two tiles of numbers at a time beside mma's operands
+_OF_FORMAT: dict[tuple[str, str], dict[str, Any]] = {  # what differs
+    ("sm_80", "int4"): _PACKED_ON_SM_80,
+    ("sm_80", "mxfp4"): _PACKED_ON_SM_80,
+    ("sm_90", "int4"): {"forward": _T(128, 128, 32, num_stages=3), "da": _T(128, 64, 64, num_warps=8, num_stages=3)},
+    ("sm_90", "mxfp4"): _OF_BLOCKS,
+    ("sm_90", "mxfp8"): _OF_BLOCKS,
 }
 _BYTES_WITHOUT_GROUPS_ON_SM_90 = _T(128, 128, 64, num_stages=3)
-_PACKED_ON_SM_80 = _T(64, 128, 32, num_stages=3)  # two tiles of numbers at a time beside mma's operands
 _LEAST_ROWS = {  # of a tile of codes by codes: fewer are none that these chips' instructions for them multiply
     ("sm_90", "int8"): 64,
     ("sm_90", "float8_e4m3fn"): 64,
@@ -106,18 +107,15 @@ def choose_config(spec: QuantizedMatmulSpec, target: Target) -> QuantizedMatmulC
         return _INTERPRET
     if spec.dtype == "float32":
         return replace(_FLOAT32_TPU if target.is_tpu else _FLOAT32_GPU, processors=target.processors)
-    config = replace(_WEIGHTS[target.name], processors=target.processors)
-    if target.name == "sm_90":
-        config = replace(config, **_ON_SM_90.get(spec.format, {}))
-        if spec.format == "int8" and not spec.group_size:
-            config = replace(config, forward=_BYTES_WITHOUT_GROUPS_ON_SM_90)
+    changes = _OF_FORMAT.get((target.name, spec.format), {})
+    config = replace(_WEIGHTS[target.name], processors=target.processors, **changes)
+    if (target.name, spec.format) == ("sm_90", "int8") and not spec.group_size:
+        config = replace(config, forward=_BYTES_WITHOUT_GROUPS_ON_SM_90)
     if spec.a_format is not None and target.is_gpu:
         least = _LEAST_ROWS.get((target.name, spec.a_format), 16)
         return replace(
             config, forward=_T(128, 128, 128, num_warps=8, num_stages=3), few=_T(max(64, least), 64, 256, least_m=least)
         )
-    if target.name == "sm_80" and FORMATS[spec.format].packed:
-        return replace(config, forward=_PACKED_ON_SM_80)
     return config
 
 

@@ -16,9 +16,9 @@ def test_results_of_other_strides_have_the_same_gradients(name):
     """torch's attention with a bias returns heads before tokens in memory."""
     shape = get_shape(f"{name}@q_len=64,kv_len=64,{FEW_HEADS}")
     arrays, leaves = chip.random_arrays(shape, "bfloat16", "cpu"), shape.leaves("bfloat16")
-    ours = chip._results(partial(chip._call, shape, implementation="triton"), arrays, leaves)
+    ours = chip._results(partial(shape.run, implementation="triton"), arrays, leaves)
     theirs, exact = (
-        chip._results(partial(chip_peers.library, shape), given, leaves)
+        chip._results(partial(shape.run, implementation="library"), given, leaves)
         for given in (arrays, chip._in_float32(arrays, "bfloat16"))
     )
     assert len(ours) == 1 + len(leaves)

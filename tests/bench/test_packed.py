@@ -113,7 +113,7 @@ def test_a_call_launches_what_pack_compiles(name, a_gpu_that_keeps_launches):
         launches, arrays = plan_of(Job("sm_90", shape.op, direction, name, "bfloat16"))
         packed_keys |= {key_of(launch, arrays) for launch in launches}
     arrays = chip.random_arrays(shape, "bfloat16", "cpu")
-    chip._results(partial(chip._call, shape, implementation="triton"), arrays, shape.leaves("bfloat16"))
+    chip._results(partial(shape.run, implementation="triton"), arrays, shape.leaves("bfloat16"))
     assert a_gpu_that_keeps_launches
     for launch, tensors in a_gpu_that_keeps_launches:
         names = (*launch.inputs, *launch.outputs)

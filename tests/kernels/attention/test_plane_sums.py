@@ -60,7 +60,7 @@ def test_error_is_that_of_the_terms(implementation, with_lse, sinks):
 
 def test_it_would_be_seen(monkeypatch):
     """With the delta of rounded outputs, and a length whose plans are new."""
-    monkeypatch.setattr(triton_backward, "_is_of_rows", lambda inputs, slot: False)
+    monkeypatch.setattr(triton_backward, "needs_exact_delta", lambda spec, planes: False)
     monkeypatch.setattr(pallas, "exact_delta", lambda operands: operands[-1][1])
     for implementation in ("triton", "pallas"):
         assert multiples(implementation, with_lse=False, sinks=False, length=150)[0] > 1

@@ -13,22 +13,33 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
+
 from crosstile.kernels.tiles.launch import Array, Launch
 from crosstile.kernels.tiles.targets import Target, get_target
 
 from .issue_programs import array_bytes
 
-_OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "num_buffers_warp_spec", "waves_per_eu", "pre_hook"}
+_HOW = {"num_warps", "num_stages", "pre_hook"}  # what a launch has fields for, and what is not the compiler's
 _DEFAULT_STAGES = {"cuda": 3, "rocm": 2}
 
 
 @dataclass(frozen=True)
 class Captured:
-    """One launch with one choice of its tiles; `call` counts the launches, so that choices of one share it."""
+    """One launch with one choice of its tiles.
+
+    Attributes:
+        call: counts the launches, so that choices of one share it.
+        launch, arrays: the launch, and the arrays by the names of its parameters.
+        options: what else the launcher asks of the compiler, such as a number of registers.
+        integers: the elements of the arrays of integers, which may steer loops.
+    """
 
     call: int
     launch: Launch
     arrays: Mapping[str, Array]
+    options: Mapping[str, Any]
+    integers: Mapping[str, np.ndarray]
 
 
 def capture(run: Callable[[], Any], target_name: str) -> list[Captured]:
@@ -54,7 +65,8 @@ def _recording(found: list[Captured], target: Target) -> Iterator[None]:
         calls[0] += 1
         grid, given = given.pop("grid"), {name: value for name, value in given.items() if name != "warmup"}
         names = dict(zip(tuner.arg_names, args, strict=False))
-        for config in tuner.configs:
+        tuner.nargs = names
+        for config in tuner.prune_configs(given):
             options = {name: getattr(config, name, None) for name in ("num_warps", "num_stages", "maxnreg")}
             values = {**given, **config.kwargs, **{name: value for name, value in options.items() if value}}
             kernel, values = _unwrap(tuner.fn, {**names, **values})
@@ -95,7 +107,7 @@ def _keep(
     names = [parameter.name for parameter in kernel.params]
     values = {**dict(zip(names, args, strict=False)), **given}
     places = tuple(grid(values) if callable(grid) else grid)
-    constants, numbers, arrays, inputs = {}, {}, {}, []
+    constants, numbers, arrays, integers, inputs = {}, {}, {}, {}, []
     for parameter in kernel.params:
         value = values.get(parameter.name, parameter.default if parameter.has_default else None)
         if parameter.is_constexpr:
@@ -104,12 +116,15 @@ def _keep(
             inputs.append("" if value is None else parameter.name)
             if value is not None:
                 arrays[parameter.name] = _array(value)
+                if not (value.is_floating_point() or value.is_complex()):
+                    integers[parameter.name] = value.numpy()
         else:
             numbers[parameter.name] = value
     warps = given.get("num_warps") or 4
     stages = given.get("num_stages") or _DEFAULT_STAGES[target.platform]
     launch = Launch(kernel, places, tuple(inputs), (), numbers, constants, warps, stages)
-    found.append(Captured(call, launch, arrays))
+    options = {name: value for name, value in given.items() if name not in {*names, *_HOW}}
+    found.append(Captured(call, launch, arrays, options, integers))
 
 
 def _is_array(value: Any) -> bool:

@@ -2,8 +2,9 @@
 
     python -m crosstile.bench.gpu_peers --packages FOLDER --csv docs/gpu_standings.csv --page docs/gpu_standings.md
 
-The folder holds Liger (liger-kernel), FLA (fla-core) and einops, unpacked with `pip install --no-deps --target FOLDER`.
-Their launchers are called with tensors on this CPU and the launches kept (`captured.py`). Nothing is measured.
+The folder holds Liger (liger-kernel), FLA (fla-core) and einops, unpacked with `pip install --no-deps --target FOLDER`,
+vLLM's source distribution, unpacked, and Triton's tutorials (docs/gpu_standings.md). Their launchers are called with
+tensors on this CPU and the launches kept (`captured.py`). Nothing is measured.
 """
 
 from __future__ import annotations
@@ -12,45 +13,22 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 from crosstile.kernels.tiles.targets import get_target
 
 from .captured import Captured, capture, memory_bytes, tiles_in_words
+from .gpu_calls import CONTESTS, Contest, Peers
 from .gpus import GPUS
-from .issue import Issue, IssueError, Program, predict_program
+from .issue import Issue, IssueError, predict_program
 from .issue_programs import predict, program_of
 from .pages import write_between
-from .programs import Direction, Job
+from .programs import Job
 
 OURS = "crosstile"
 BEGIN, END = "<!-- made by `python -m crosstile.bench.gpu_peers` -->", "<!-- end of what was made -->"
-
-
-@dataclass(frozen=True)
-class Contest:
-    """One call that ours and a peer both do, or with an empty `op` one that ours have no counterpart of.
-
-    Attributes:
-        name: as the table has it.
-        op, shape, direction: of ours.
-        peer: the package.
-        launch: calls the peer's launcher.
-        in_place: whether the peer writes over what it reads, which then moves twice.
-    """
-
-    name: str
-    op: str
-    shape: str
-    direction: Direction
-    peer: str
-    launch: Callable[[], Any]
-    in_place: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,68 +52,17 @@ class Row:
     error: str = ""
 
 
-def _tensor(*shape: int, dtype: str = "bfloat16") -> Any:
-    import torch
-
-    return torch.zeros(shape, dtype=getattr(torch, dtype))
-
-
-def _attention() -> Any:
-    module = import_module("fla.ops.attn.parallel")
-    q, kv = _tensor(1, 4096, 32, 128), _tensor(1, 4096, 8, 128)
-    return module.parallel_attn_fwd(q, kv, kv, None, None, 128**-0.5)
-
-
-def _attention_backward() -> Any:
-    module = import_module("fla.ops.attn.parallel")
-    q, kv, lse = _tensor(1, 4096, 32, 128), _tensor(1, 4096, 8, 128), _tensor(1, 4096, 32, dtype="float32")
-    return module.parallel_attn_bwd(q, kv, kv, q, None, lse, q, None, 128**-0.5)
-
-
-def _norm() -> Any:
-    module = import_module("liger_kernel.ops.fused_add_rms_norm")
-    return module.fused_add_rms_norm_forward(
-        _tensor(4096, 4096), _tensor(4096, 4096), _tensor(4096), 1e-6, 0.0, "llama"
-    )
-
-
-def _rotary() -> Any:
-    module = import_module("liger_kernel.ops.rope")
-    tables = _tensor(1, 4096, 128), _tensor(1, 4096, 128)
-    return module.rope_forward(_tensor(1, 32, 4096, 128), _tensor(1, 8, 4096, 128), *tables)
-
-
-def _cross_entropy() -> Any:
-    module = import_module("liger_kernel.ops.cross_entropy")
-    targets = _tensor(1024, dtype="int64")
-    return module.cross_entropy_forward(_tensor(1024, 128256), targets, None, -100, 0.0, 0.0, "mean", None, False)
-
-
-def _swiglu() -> Any:
-    module = import_module("liger_kernel.ops.swiglu")
-    return module.swiglu_forward(_tensor(4096, 14336), _tensor(4096, 14336))
-
-
-CONTESTS = (
-    Contest("attention", "attention", "llama-3-8b", "forward", "FLA", _attention),
-    Contest("attention, backward", "attention", "llama-3-8b", "backward", "FLA", _attention_backward),
-    Contest("rms_norm of a sum", "norm", "llama-3-8b-norm", "forward", "Liger", _norm),
-    Contest("rotary of q and k", "rotary", "llama-3-8b-rotary", "forward", "Liger", _rotary, in_place=True),
-    Contest("cross-entropy of logits", "", "", "forward", "Liger", _cross_entropy, in_place=True),
-    Contest("silu(a) * b", "", "", "forward", "Liger", _swiglu),
-)
-
-
-def rows(target: str, contest: Contest) -> Iterator[Row]:
+def rows(target: str, contest: Contest, folder: Path) -> Iterator[Row]:
     """Our kernels, then the peer's with the predicted best of the tiles that its autotuner would try."""
-    job = Job(target, contest.op, contest.direction, contest.shape, "bfloat16")
+    job = Job(target, contest.op, contest.direction, contest.shape, contest.dtype)
     try:
         for issue in predict(job) if contest.op else ():
             yield _row(target, contest, OURS, issue)
     except (IssueError, RuntimeError) as error:
         yield Row(target, contest.name, OURS, "", "", error=_first(error))
-    with _as_if_on(target):
-        launches = capture(contest.launch, target)
+    peers = Peers(folder, target)
+    with peers.present():
+        launches = capture(lambda: contest.launch(peers), target)
     for call in dict.fromkeys(item.call for item in launches):
         choices = [_peer(target, contest, item) for item in launches if item.call == call]
         yield min(choices, key=lambda row: (bool(row.error), row.predicted_us))
@@ -144,18 +71,13 @@ def rows(target: str, contest: Contest) -> Iterator[Row]:
 def _peer(target: str, contest: Contest, item: Captured) -> Row:
     name, tiles = item.launch.kernel.__name__.strip("_"), tiles_in_words(item.launch)
     try:
-        program: Program = program_of(item.launch, item.arrays, get_target(target))
+        program = program_of(item.launch, item.arrays, get_target(target), item.integers, item.options)
         size = memory_bytes(item) * (2 if contest.in_place else 1)
-        program = replace(program, name=name, tiles=tiles, memory_bytes=size, elements=_zeros)
+        program = replace(program, name=name, tiles=tiles, memory_bytes=size)
         issue = predict_program(program, GPUS[target])
     except (IssueError, RuntimeError) as error:
         return Row(target, contest.name, contest.peer, name, tiles, error=_first(error))
     return _row(target, contest, contest.peer, issue)
-
-
-def _zeros(parameter: str, offset: int) -> int:
-    """Elements of the arrays that steer a peer's loops: class 0 of a cross-entropy."""
-    return 0
 
 
 def _row(target: str, contest: Contest, contestant: str, issue: Issue) -> Row:
@@ -179,16 +101,6 @@ def _row(target: str, contest: Contest, contestant: str, issue: Issue) -> Row:
 
 def _first(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
-
-
-def _as_if_on(target: str) -> Any:
-    """A context in which FLA is told that chip's shared memory, by which it chooses its tiles."""
-    backend = import_module("fla.utils.hardware").Backend
-
-    def enough(arch: str = "none", index: int | None = 0) -> bool:
-        return bool(get_target(target).on_chip_bytes >= backend.get_shared_memory(arch))
-
-    return patch.object(import_module("fla.ops.attn.parallel"), "check_shared_mem", enough)
 
 
 def write_csv(found: Sequence[Row], path: Path) -> None:
@@ -282,7 +194,7 @@ def main() -> None:
         found = []
         for target in GPUS:
             for contest in CONTESTS:
-                for row in rows(target, contest):
+                for row in rows(target, contest, options.packages):
                     found.append(row)
                     print(row, flush=True)
                 write_csv(found, options.csv)

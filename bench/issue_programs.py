@@ -42,10 +42,15 @@ def programs_of(job: Job, tiles: Mapping[str, int] | None = None) -> list[Progra
 
 
 def program_of(
-    launch: Launch, arrays: Mapping[str, Array], target: Target, steering: Mapping[str, np.ndarray] | None = None
+    launch: Launch,
+    arrays: Mapping[str, Array],
+    target: Target,
+    steering: Mapping[str, np.ndarray] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Program:
-    """One launch, compiled; `steering` has the values of integer arrays that its loops depend on."""
-    compiled = compiled_launch(launch, dict(arrays), target)
+    """One launch, compiled; `steering` has the values of integer arrays that its loops depend on, `options` are more
+    of the compiler's."""
+    compiled = compiled_launch(launch, dict(arrays), target, options)
     facts = read_compiled(compiled, target)
     named = {name for name in (*launch.inputs, *launch.outputs) if name}
     return Program(

@@ -5,8 +5,9 @@ One kernel does every product: forward `activation(a @ b + bias) + residual`, ba
 nothing is transposed in memory. dz, the gradient of `a @ b + bias`, and dbias come from one elementwise kernel.
 
 A grid step multiplies a tile of a by a tile of b into a float32 accumulator in VMEM; the last step along k finishes
-the tile. Blocks that stick out of an array hold garbage there. Along m and n it reaches only what is never stored;
-along k it would reach everything, so the last step reads no further than k.
+the tile, and where all tiles are whole copies it out strip by strip (`pallas_strips.py`). Blocks that stick out of an
+array hold garbage there. Along m and n it reaches only what is never stored; along k it would reach everything, so the
+last step reads no further than k.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.pallas_epilogue import finish, gradients_of, piece_of
+from ..tiles.pallas_strips import Strips, in_strips
 from ..tiles.pallas_tiles import (
     LANES,
     LOW_PRODUCTS,
@@ -39,6 +41,7 @@ from .spec import MatmulSpec
 from .tiles import MatmulConfig, of_rows
 
 PRECISIONS = ("bf16x3", "bf16x6")
+_PRODUCTS_A_STRIP = 2  # scheduled together: where a copy begins the matrix unit waits
 
 
 def supports(spec: MatmulSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -146,6 +149,13 @@ def _product(
         scratch["low_ref"] = scratch["sums_ref"]
     elif transpose_a:
         scratch["a_parts"] = pltpu.VMEM((1, block_m, block_k), a.dtype)
+    grid = (pl.cdiv(batch, items), pl.cdiv(m, block_m), pl.cdiv(n, block_n), steps)
+    streams = items == 1 and a.dtype != jnp.float32 and in_strips((m, n), (block_m, block_n), target)
+    run, store = _each_item, tile
+    if streams:
+        run, store = partial(_by_strips, tiles=grid[:3], waits=target.shares_grid), pl.BlockSpec(memory_space=pl.ANY)
+        made = [result and pltpu.VMEM((block_m, block_n), result.dtype) for result in (out, saved)]
+        scratch |= {"made_refs": made, "done": pltpu.SemaphoreType.DMA((2,))}
     one_item = partial(
         _product_kernel,
         activation=activation,
@@ -158,10 +168,10 @@ def _product(
         turned=turned_piece(target, a.dtype),
     )
     results = pl.pallas_call(
-        partial(_each_item, one_item),
-        grid=(pl.cdiv(batch, items), pl.cdiv(m, block_m), pl.cdiv(n, block_n), steps),
+        partial(run, one_item),
+        grid=grid,
         in_specs=[a_spec, b_spec, None if bias is None else bias_spec, None if residual is None else tile],
-        out_specs=[tile, None if saved is None else tile],
+        out_specs=[store, None if saved is None else store],
         out_shape=[out, saved],
         scratch_shapes=scratch,
         name="matmul",
@@ -191,6 +201,21 @@ def _each_item(kernel: Any, *refs: Any, **scratch: Any) -> None:
         lax.fori_loop(0, count, lambda item, _: run(item), None)
 
 
+def _by_strips(
+    kernel: Any,
+    *refs: Any,
+    made_refs: list[Any],
+    done: Any,
+    tiles: tuple[int, int, int],
+    waits: bool,
+    **scratch: Any,
+) -> None:
+    """Run the kernel on the one item of the blocks, with tiles of its results in VMEM, which it copies out."""
+    place = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    strips = Strips(made_refs, refs[-2:], done, place, tiles, waits)
+    kernel(pl.program_id(3), *(None if ref is None else ref.at[0] for ref in refs[:-2]), *made_refs, strips, **scratch)
+
+
 def _product_kernel(
     step: Any,
     a_ref: Any,
@@ -199,6 +224,7 @@ def _product_kernel(
     residual_ref: Any | None,
     out_ref: Any,
     preactivation_ref: Any | None,
+    strips: Strips | None = None,
     *,
     sums_ref: Any,
     a_parts: Any | None = None,
@@ -245,8 +271,17 @@ def _product_kernel(
                 for index, (p, q) in enumerate(lower):
                     low_ref[:, cols] = add(low_ref, p, q, cols, first=index == 0)
 
+        def multiply_strip(cols: Any) -> None:
+            in_chunks(cols.size, columns, multiply_columns, _PRODUCTS_A_STRIP, cols.start)
+            strips.store(cols)
+
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
-        in_chunks(out_ref.shape[1], columns, multiply_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
+        if last and strips is not None:
+            strips.begin()
+            in_chunks(out_ref.shape[1], columns * _PRODUCTS_A_STRIP, multiply_strip)
+            strips.end()
+        else:
+            in_chunks(out_ref.shape[1], columns, multiply_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)
 
     block_k = a_ref.shape[0 if transpose_a else 1]
     if steps == 1:

@@ -145,18 +145,21 @@ def contract(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(a, b, numbers, precision=precision, preferred_element_type=jnp.float32)
 
 
-def in_chunks(size: int, chunk: int, body: Callable[[Any], None], at_once: int = 1) -> None:
-    """Run the body on slices of that many rows or columns, and on what is left; `at_once` are scheduled together."""
+def in_chunks(size: int, chunk: int, body: Callable[[Any], None], at_once: int = 1, start: Any = 0) -> None:
+    """Run the body on slices of that many rows or columns, and on what is left; `at_once` are scheduled together.
+
+    The slices begin at start, a multiple of the chunk.
+    """
 
     def step(index: jax.Array, _: None) -> None:
-        body(pl.ds(pl.multiple_of(index * chunk, chunk), chunk))
+        body(pl.ds(pl.multiple_of(start + index * chunk, chunk), chunk))
 
     if size // chunk == 1:
-        body(pl.ds(0, chunk))
+        body(pl.ds(start, chunk))
     elif size > chunk:
         lax.fori_loop(0, size // chunk, step, None, unroll=at_once)
     if size % chunk:
-        body(pl.ds(size // chunk * chunk, size % chunk))
+        body(pl.ds(start + size // chunk * chunk, size % chunk))
 
 
 def elementwise_piece(target: Target) -> tuple[int, int]:

@@ -52,7 +52,8 @@ class Mutation(NamedTuple):
 
 
 T, K, L, P, R = "triton", "triton_product", "triton_launches", "pallas", "reference"
-E, S, PE, A = "tiles/triton_epilogue", "tiles/triton_products", "tiles/pallas_epilogue", "tiles/activations"
+E, S, A = "tiles/triton_epilogue", "tiles/triton_products", "tiles/activations"
+PE, PS = "tiles/pallas_epilogue", "tiles/pallas_strips"
 MUTATIONS = (
     Mutation("k past the end counts", S, "inner_exists = inner < k - start", "inner_exists = inner < k"),
     Mutation("last step skipped", S, "for start in range(0, k, BLOCK_K):",
@@ -91,6 +92,10 @@ MUTATIONS = (
     Mutation("one item for all", P, "ref.at[item]", "ref.at[0]", "small items"),
     Mutation("lower parts forgotten", P, "+ jnp.where(jnp.isnan(low), 0, low)", "+ 0 * low", "parts"),
     Mutation("two parts of three", P, 'parts = 2 if precision == "bf16x3" else 3', "parts = 2", "parts"),
+    Mutation("last strip not stored", P, "strips.store(cols)", "pl.when(cols.start == 0)(lambda: strips.store(cols))",
+             "strips"),
+    Mutation("a strip over the first", PS, "column * block_n + strip.start", "column * block_n", "strips"),
+    Mutation("tiles of one row", PS, "row * block_m", "0 * row", "strips"),
     Mutation("residual forgotten", PE, "out = out + residual_ref", "out = out + 0 * residual_ref"),
     Mutation("slope forgotten", PE, "dz *= derivative(", "dz *= 1 + 0 * derivative("),
     Mutation("sign of the slope", A, "sigmoid * (1 + x * (1 - sigmoid))", "sigmoid * (1 - x * (1 - sigmoid))"),
@@ -101,6 +106,7 @@ CHECKED |= {
     "square": (Problem(m=16, k=16, n=16, batch=1), {}),
     "small items": (Problem(m=8, k=24, n=16, batch=3), {"block_m": 64, "block_n": 64, "block_k": 64}),
     "pallas tails": (Problem(m=24, k=40, n=40, batch=1, **EPILOGUE), {}),
+    "strips": (Problem(m=32, k=32, n=1024, batch=2, dtype="bfloat16", **EPILOGUE), {"block_n": 512}),
 }
 
 

@@ -6,6 +6,7 @@ The interpreter fills what lies outside an array, and scratch before it is writt
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -171,12 +172,26 @@ def test_nan_and_infinity_stay_where_they_are(activation, dtype):
     assert np.isfinite(out[0, jnp.array([0, 2, 4])]).all()
 
 
-def test_races_and_reads_before_writes():
+@pytest.mark.parametrize("m, n, block_n", [(24, 40, 32), (32, 1024, 512)], ids=["by the pipeline", "by strips"])
+def test_races_and_reads_before_writes(m, n, block_n):
     """The strict interpreter, which simulates a chip's copies and memories, finds no race and no read of nothing."""
-    problem = Problem(m=24, k=40, n=40, batch=1, activation="relu", bias=True, residual=True)
+    problem = Problem(m=m, k=40, n=n, batch=2, dtype="bfloat16", activation="relu", bias=True, residual=True)
     with interpreter(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
-        check(problem, MatmulConfig(16, 32, 16))
+        check(problem, MatmulConfig(16, block_n, 16))
     assert not interpret_pallas_call.races.races_found
+
+
+def test_two_cores_that_share_a_grid_wait_for_their_own_strips():
+    """Neither core knows which tile it made last, so that it cannot leave a copy to the next tile to wait for."""
+    sharing = replace(INTERPRET, shares_grid=True)
+    problem = Problem(m=32, k=24, n=64, batch=2, dtype="bfloat16")
+    arrays, spec = native(problem), problem.spec
+    config = MatmulConfig(16, 32, 8)
+    with interpreter(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
+        out, _ = kernels.forward(spec, config, sharing, arrays["a"], arrays["b"], None, None)
+    assert not interpret_pallas_call.races.races_found
+    expected, _ = kernels.forward(spec, config, INTERPRET, arrays["a"], arrays["b"], None, None)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_supports():

@@ -15,6 +15,7 @@ from unittest.mock import patch
 from crosstile.kernels.tiles.targets import Target, get_target
 
 from .gpus import GPUS
+from .paged_shapes import PagedAttentionShape
 from .programs import Direction
 from .shapes import get_shape
 from .source_parts import load_parts
@@ -172,6 +173,7 @@ def _vllm_paged(shape_name: str) -> Callable[[Peers], Any]:
         import torch
 
         shape = get_shape(shape_name)
+        assert isinstance(shape, PagedAttentionShape)
         unified = peers.vllm("triton_unified_attention.py", "unified_attention")
         segments, tokens = 16, shape.batch * shape.q_len  # NUM_PAR_SOFTMAX_SEGMENTS of its backend
         steering = {name: torch.tensor(values, dtype=torch.int32) for name, values in shape.integers().items()}

@@ -92,7 +92,8 @@ def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | N
 
 # By the width of a head on chip: (block_q, block_kv, num_warps, num_stages[, descriptors]) of the forward, dk/dv and dq
 # kernels. Large tiles, as long as the compiler spills no register, in both 16-bit types, causal or not; on sm_90 those
-# that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor.
+# that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor. On sm_100 and AMD's chips
+# heads up to 128 and 256 have those that the issue model ranks first (`docs/performance.md`).
 _Tables = dict[str, dict[int, tuple[tuple[int, ...], ...]]]
 _GPU_TILES: _Tables = {
     "sm_80": {
@@ -111,23 +112,23 @@ _GPU_TILES: _Tables = {
         576: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     },
     "sm_100": {
-        64: ((128, 128, 8, 3), (64, 128, 8, 2), (128, 128, 8, 2)),
-        128: ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2)),
+        64: ((64, 128, 4, 2, 1), (64, 64, 4, 3, 1), (128, 64, 4, 3, 1)),
+        128: ((64, 64, 4, 3, 1), (64, 128, 8, 3, 1), (128, 128, 8, 2, 1)),
         256: ((128, 32, 8, 2), (32, 64, 8, 2), (64, 32, 8, 2)),
         512: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
         576: ((32, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
     },
     "gfx942": {
-        64: ((128, 64, 4, 2), (32, 64, 4, 2), (64, 64, 4, 2)),
+        64: ((128, 128, 4, 1), (64, 32, 4, 1), (32, 64, 4, 1)),
         128: ((128, 64, 4, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
-        256: ((64, 32, 4, 1), (16, 32, 4, 1), (64, 16, 4, 1)),
+        256: ((64, 32, 4, 1), (32, 16, 8, 1), (32, 32, 4, 1)),
         512: ((64, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
         576: ((64, 16, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
     },
     "gfx950": {
-        64: ((128, 64, 4, 2), (32, 128, 4, 2), (64, 64, 4, 2)),
+        64: ((128, 128, 4, 1), (32, 128, 4, 2), (32, 64, 4, 1)),
         128: ((128, 64, 4, 1), (64, 32, 4, 1), (32, 32, 8, 1)),
-        256: ((64, 32, 4, 2), (16, 32, 4, 2), (64, 16, 4, 1)),
+        256: ((64, 32, 4, 2), (32, 16, 8, 1), (64, 16, 4, 1)),
         512: ((64, 16, 8, 1), (16, 16, 8, 1), (32, 16, 8, 1)),
         576: ((64, 16, 8, 1), (16, 16, 4, 1), (16, 16, 8, 1)),
     },
@@ -158,8 +159,8 @@ _GPU_TILES_OF_SCORES: _Tables = {
         256: ((128, 64, 8, 2, 1), (64, 32, 8, 3, 1), (128, 32, 8, 3, 1)),
     },
     "sm_100": {
-        64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
-        128: ((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
+        64: ((64, 64, 4, 3), (32, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
+        128: ((64, 64, 4, 3), (64, 128, 8, 2, 1), (64, 64, 4, 2, 1)),
     },
     "gfx942": {
         64: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 4, 1)),
@@ -177,11 +178,13 @@ _GPU_TILES_OF_SCORES: _Tables = {
 # And where a mask of expressions, or dropout, needs still more.
 _GPU_TILES_OF_MASKS: _Tables = {
     "sm_90": {128: ((64, 64, 4, 3), (32, 64, 4, 3, 1), (64, 64, 4, 2, 1))},
+    "sm_100": {128: ((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2))},
     "gfx950": {128: ((128, 16, 8, 2), (16, 64, 4, 2), (64, 16, 8, 1))},
 }
 # And where a plane has a gradient.
 _GPU_TILES_OF_PLANES: _Tables = {
     "sm_90": dict.fromkeys((64, 128), ((64, 64, 4, 3), (32, 64, 4, 2, 1), (64, 64, 4, 2, 1))),
+    "sm_100": dict.fromkeys((64, 128), ((64, 64, 4, 3), (32, 64, 4, 2), (64, 64, 8, 2))),
 }
 
 
@@ -216,7 +219,7 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     elif width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
     elif plain:
-        most = 1024 if width <= 128 and not spec.has_lengths and spec.max_seqlen_q is None else 512
+        most = 1024 if not spec.has_lengths and spec.max_seqlen_q is None else 512
         if spec.left is not None:  # what of a tile no window reaches is computed for nothing
             most = min(most, max(128, 1 << max(0, spec.left).bit_length() - 1))
         forward, backward = (most, most), (min(most, 512), most)

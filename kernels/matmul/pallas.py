@@ -271,14 +271,14 @@ def _product_kernel(
                 for index, (p, q) in enumerate(lower):
                     low_ref[:, cols] = add(low_ref, p, q, cols, first=index == 0)
 
-        def multiply_strip(cols: Any) -> None:
+        def multiply_strip(strips: Strips, cols: Any) -> None:
             in_chunks(cols.size, columns, multiply_columns, _PRODUCTS_A_STRIP, cols.start)
             strips.store(cols)
 
         # As many columns at a time as the matrix unit holds: a whole tile's products would not fit the registers.
         if last and strips is not None:
             strips.begin()
-            in_chunks(out_ref.shape[1], columns * _PRODUCTS_A_STRIP, multiply_strip)
+            in_chunks(out_ref.shape[1], columns * _PRODUCTS_A_STRIP, partial(multiply_strip, strips))
             strips.end()
         else:
             in_chunks(out_ref.shape[1], columns, multiply_columns, 1 if low_ref is not None else PRODUCTS_AT_ONCE)

@@ -74,7 +74,7 @@ class Strips:
         for index, (tile, result) in enumerate(zip(self.tile_refs, self.result_refs, strict=True)):
             if tile is not None and result is not None:
                 block_m, block_n = tile.shape
-                strip = pl.ds(0, block_n) if columns is None else columns
+                strip: Any = pl.ds(0, block_n) if columns is None else columns
                 batch, row, column = self.place
                 across = pl.ds(column * block_n + strip.start, strip.size)
                 there = result.at[batch, pl.ds(row * block_m, block_m), across]

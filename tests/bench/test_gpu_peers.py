@@ -50,5 +50,6 @@ def test_a_tuner_prunes_and_its_options_reach_the_compiler() -> None:
 
     tuned = triton.autotune(configs, key=[], prune_configs_by={"early_config_prune": few})(product)
     (kept,) = capture(lambda: tuned[(1,)](a, a, where, 64), "sm_90")
-    assert kept.launch.constants == {"BLOCK": 64} and kept.options == {"waves_per_eu": 2, "maxnreg": 64}
+    assert kept.launch.constants == {"BLOCK": 64}
+    assert kept.options == {"waves_per_eu": 2, "maxnreg": 64}
     assert {name: list(values) for name, values in kept.integers.items()} == {kept.launch.inputs[2]: [0, 1, 2]}

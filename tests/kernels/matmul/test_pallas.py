@@ -172,7 +172,7 @@ def test_nan_and_infinity_stay_where_they_are(activation, dtype):
     assert np.isfinite(out[0, jnp.array([0, 2, 4])]).all()
 
 
-@pytest.mark.parametrize("m, n, block_n", [(24, 40, 32), (32, 1024, 512)], ids=["by the pipeline", "by strips"])
+@pytest.mark.parametrize(("m", "n", "block_n"), [(24, 40, 32), (32, 1024, 512)], ids=["by the pipeline", "by strips"])
 def test_races_and_reads_before_writes(m, n, block_n):
     """The strict interpreter, which simulates a chip's copies and memories, finds no race and no read of nothing."""
     problem = Problem(m=m, k=40, n=n, batch=2, dtype="bfloat16", activation="relu", bias=True, residual=True)

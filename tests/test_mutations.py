@@ -226,6 +226,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         "packed": FeatureProblem(
             {"causal": True}, {"cu_seqlens_q": ints(0, 18, 18, 55), "cu_seqlens_k": ints(0, 50, 51, 90)}, 60, 99, 1
         ),
+        "packed, sinks": FeatureProblem(
+            {}, {"cu_seqlens_q": ints(0, 18, 18, 55), "cu_seqlens_k": ints(0, 50, 51, 90), "sinks": (1, 2)}, 60, 99, 1
+        ),
         "sinks": FeatureProblem({"causal": True}, {"sinks": (2, 2)}, 52, 40),
         "softcap": FeatureProblem({"score": ("mul", ("tanh", SCORE), const(2.0))}, {}),
         "plane": FeatureProblem(
@@ -689,14 +692,26 @@ ATTENTION_PALLAS = Suite(
             "the lengths of the first item", PT, "scalars[0][1, b]", "scalars[0][1, 0]", problems=("lengths", "padded")
         ),
         Mutation(
-            "the next sequence's keys", PK, "self.starts[:-1, None]", "self.starts[1:, None]", problems=("packed",)
+            "the next sequence's keys",
+            PK,
+            "self.size), self.starts[:-1])",
+            "self.size), self.starts[1:])",
+            problems=("packed",),
         ),
         Mutation(
             "tokens of no sequence",
             PK,
-            "jnp.where(exists, found,",
-            "jnp.where(True, found,",
-            problems=("tightly packed",),
+            "nothing[: self.size], self.starts[-1]",
+            "tokens[: self.size], 0",
+            problems=("packed, sinks",),
+        ),
+        Mutation("no room past the last token", PK, "[(0, self.size), ", "[(0, 0), ", problems=("tightly packed",)),
+        Mutation(
+            "the first sequence last",
+            PK,
+            "self.starts[:-1]))\n",
+            "self.starts[:-1]), reverse=True)\n",
+            problems=("packed",),
         ),
         Mutation("runs begin a tile late", PT, "~listed[at], listed", "-listed[at], listed", problems=("runs",)),
         Mutation("runs begin a tile late, dkv", PT, "~listed[at], listed", "-listed[at], listed", BACKWARD, ("runs",)),

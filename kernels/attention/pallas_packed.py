@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from .spec import AttentionInputs, AttentionSpec
 
@@ -34,22 +35,24 @@ class Packing:
         return jnp.diff(self.starts)
 
     def spread(self, array: Any) -> Any:
-        """What stands past the end of a sequence is some other token's."""
+        """What stands past the end of a sequence is some other token's, or 0."""
         if array is None:
             return None
-        places = self.starts[:-1, None] + jnp.arange(self.size, dtype=jnp.int32)
-        return array[0][jnp.clip(places, 0, max(self.tokens - 1, 0))]
+        padded = jnp.pad(array[0], [(0, self.size), *[(0, 0)] * (array.ndim - 2)])
+        return lax.map(lambda start: lax.dynamic_slice_in_dim(padded, start, self.size), self.starts[:-1])
 
     def packed(self, array: jax.Array, absent: float = 0.0) -> jax.Array:
-        """The reverse; tokens that no sequence has get the value `absent`."""
-        if 0 in array.shape[:2]:
-            return jnp.full((1, self.tokens, *array.shape[2:]), absent, array.dtype)
-        token = jnp.arange(self.tokens, dtype=jnp.int32)
-        sequence = jnp.searchsorted(self.starts, token, side="right", method="compare_all").astype(jnp.int32) - 1
-        known = jnp.clip(sequence, 0, self.sequences - 1)
-        found = array[known, jnp.clip(token - self.starts[known], 0, self.size - 1)]
-        exists = (token < self.starts[-1]).reshape(-1, *[1] * (found.ndim - 1))
-        return jnp.where(exists, found, jnp.asarray(absent, found.dtype))[None]
+        """The reverse; tokens that no sequence has get the value `absent`.
+
+        What a sequence leaves past its end the next one writes over.
+        """
+
+        def write(tokens: jax.Array, sequence: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            return lax.dynamic_update_slice_in_dim(tokens, *sequence, axis=0), None
+
+        nothing = jnp.full((self.tokens + self.size, *array.shape[2:]), absent, array.dtype)
+        tokens, _ = lax.scan(write, nothing, (array, self.starts[:-1]))
+        return lax.dynamic_update_slice_in_dim(tokens, nothing[: self.size], self.starts[-1], 0)[None, : self.tokens]
 
 
 def packings(spec: AttentionSpec, arrays: AttentionInputs) -> tuple[Packing, Packing]:

@@ -29,14 +29,17 @@ class Core:
         clock: cycles a second.
         delay: cycles that still run after a branch.
         matrix: its matrix units.
-        siblings: other cores of the same device, which share its HBM.
     """
 
     target: str
     clock: float
     delay: Delay
     matrix: MatrixUnits
-    siblings: int = 0
+
+    @property
+    def siblings(self) -> int:
+        """Other cores of the same device, which share its HBM."""
+        return get_target(self.target).siblings
 
     def memory(self, alone: bool) -> Memory:
         """The core's share of HBM, in cycles of its clock; all of it where the program leaves the other core idle."""
@@ -50,9 +53,9 @@ class Core:
 CORES = {
     core.target: core
     for core in (
-        Core("v4", 1.05e9, Delay(1), MatrixUnits(4, 1, 1), siblings=1),
+        Core("v4", 1.05e9, Delay(1), MatrixUnits(4, 1, 1)),
         Core("v5e", 1.5e9, Delay(4), MatrixUnits(4, 1, 2)),
-        Core("v5p", 1.75e9, Delay(4), MatrixUnits(4, 1, 2), siblings=1),
+        Core("v5p", 1.75e9, Delay(4), MatrixUnits(4, 1, 2)),
         Core("v6e", 1.75e9, Delay(4), MatrixUnits(2, 2, 4)),
         Core("v7x", 1.72e9, Delay(6, packed=True), MatrixUnits(2, 2, 4)),
     )

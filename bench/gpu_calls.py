@@ -41,10 +41,10 @@ class Peers:
     @property
     def has_copy_engine(self) -> bool:
         """Whether tensor descriptors are more than addresses there."""
-        return not self.on_amd and self.target.capability >= 90
+        return self.target.capability >= 90
 
-    def tutorial(self, name: str, *functions: str) -> SimpleNamespace:
-        """Functions of one of Triton's tutorials, by the file's name."""
+    def tutorial(self, name: str, function: str) -> Any:
+        """A function or class of one of Triton's tutorials, by the file's name."""
         given = {
             "is_cuda": lambda: not self.on_amd,
             "is_hip": lambda: self.on_amd,
@@ -52,7 +52,7 @@ class Peers:
             "is_blackwell": lambda: self.target_name == "sm_100",
             "supports_host_descriptor": lambda: False,
         }
-        return SimpleNamespace(**load_parts(self.folder / "tutorials" / name, functions, given))
+        return load_parts(self.folder / "tutorials" / name, [function], given)[function]
 
     def vllm(self, name: str, function: str) -> Callable[..., Any]:
         """A launcher of vLLM's attention, by the file's name."""
@@ -69,11 +69,11 @@ class Peers:
             "logger": None,
             "_prefer_narrow_kv_tile": lambda: False,  # what AMD's consumer chips prefer
             "current_platform": SimpleNamespace(
-                fp8_dtype=lambda: _dtype("float8_e4m3fn"),
+                fp8_dtype=lambda: import_module("torch").float8_e4m3fn,
                 is_rocm=lambda: self.on_amd,
                 is_cuda_alike=lambda: True,
                 has_device_capability=lambda least: True,
-                is_device_capability_family=lambda family: not self.on_amd and self.target.capability == family,
+                is_device_capability_family=lambda family: self.target.capability == family,
             ),
         }
         launcher: Callable[..., Any] = load_parts(place / name, [function], given)[function]
@@ -116,14 +116,10 @@ def _triton() -> dict[str, Any]:
     return {"triton": import_module("triton"), "tl": import_module("triton.language")}
 
 
-def _dtype(name: str) -> Any:
-    return getattr(import_module("torch"), name)
-
-
 def _tensor(*shape: int, dtype: str = "bfloat16") -> Any:
     import torch
 
-    return torch.zeros(shape, dtype=_dtype(dtype))
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
 
 
 @dataclass(frozen=True)
@@ -212,7 +208,7 @@ _HEADS = 1, 16, 4096, 128  # causal-4k-mha's
 
 
 def _tutorial_attention(peers: Peers) -> Any:
-    function = peers.tutorial(_FUSED, "_attention")._attention
+    function = peers.tutorial(_FUSED, "_attention")
     q = _tensor(*_HEADS, dtype="float16")
     kept = SimpleNamespace(save_for_backward=lambda *tensors: None)
     # Of warps that run different code the model would count products and bytes alone.
@@ -220,7 +216,7 @@ def _tutorial_attention(peers: Peers) -> Any:
 
 
 def _tutorial_attention_backward(peers: Peers) -> Any:
-    function = peers.tutorial(_FUSED, "_attention")._attention
+    function = peers.tutorial(_FUSED, "_attention")
     q = _tensor(*_HEADS, dtype="float16")
     saved = q, q, q, q, _tensor(*_HEADS[:3], dtype="float32")
     return function.backward(SimpleNamespace(saved_tensors=saved, sm_scale=128**-0.5, HEAD_DIM=128, causal=True), q)
@@ -228,15 +224,15 @@ def _tutorial_attention_backward(peers: Peers) -> Any:
 
 def _tutorial_product(peers: Peers) -> Any:
     a = _tensor(4096, 4096, dtype="float16")
-    return peers.tutorial("03-matrix-multiplication.py", "matmul").matmul(a, a)
+    return peers.tutorial("03-matrix-multiplication.py", "matmul")(a, a)
 
 
 def _tutorial_persistent(peers: Peers) -> Any:
     a, name = _tensor(4096, 4096, dtype="float16"), "09-persistent-matmul.py"
     if peers.has_copy_engine:
-        product = peers.tutorial(name, "matmul_descriptor_persistent").matmul_descriptor_persistent
+        product = peers.tutorial(name, "matmul_descriptor_persistent")
         return product(a, a, warp_specialize=peers.target_name == "sm_100")
-    return peers.tutorial(name, "matmul_persistent").matmul_persistent(a, a)
+    return peers.tutorial(name, "matmul_persistent")(a, a)
 
 
 def _norm(peers: Peers) -> Any:

@@ -705,7 +705,13 @@ ATTENTION_PALLAS = Suite(
             "tokens[: self.size], 0",
             problems=("packed, sinks",),
         ),
-        Mutation("no room past the last token", PK, "[(0, self.size), ", "[(0, 0), ", problems=("tightly packed",)),
+        Mutation(
+            "no room past the last token",
+            PK,
+            "self.tokens + self.size)\n",
+            "self.tokens)\n",
+            problems=("tightly packed",),
+        ),
         Mutation(
             "the first sequence last",
             PK,

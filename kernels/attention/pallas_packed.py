@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from ..tiles.pallas_tiles import pad_to
 from .spec import AttentionInputs, AttentionSpec
 
 
@@ -38,7 +39,7 @@ class Packing:
         """What stands past the end of a sequence is some other token's, or 0."""
         if array is None:
             return None
-        padded = jnp.pad(array[0], [(0, self.size), *[(0, 0)] * (array.ndim - 2)])
+        padded = pad_to(array[0], 0, self.tokens + self.size)
         return lax.map(lambda start: lax.dynamic_slice_in_dim(padded, start, self.size), self.starts[:-1])
 
     def packed(self, array: jax.Array, absent: float = 0.0) -> jax.Array:

@@ -94,7 +94,8 @@ def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | N
 # kernels. Large tiles, as long as the compiler spills no register, in both 16-bit types, causal or not; on sm_90 those
 # that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor. On sm_100 and AMD's chips
 # heads up to 128 and 256 have those that the issue model ranks first (`docs/performance.md`).
-_Tables = dict[str, dict[int, tuple[tuple[int, ...], ...]]]
+_Table = dict[int, tuple[tuple[int, ...], ...]]
+_Tables = dict[str, _Table]
 _GPU_TILES: _Tables = {
     "sm_80": {
         64: ((128, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
@@ -174,7 +175,7 @@ _GPU_TILES_OF_SCORES: _Tables = {
     },
 }
 
-_SM_100_TIGHT: dict[int, tuple[tuple[int, ...], ...]] = {
+_SM_100_TIGHT: _Table = {
     64: ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2)),
     128: ((128, 64, 8, 3), (32, 64, 4, 2), (64, 64, 8, 2)),
 }

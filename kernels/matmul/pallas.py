@@ -153,7 +153,7 @@ def _product(
     streams = items == 1 and a.dtype != jnp.float32 and in_strips((m, n), (block_m, block_n), target)
     run, store = _each_item, tile
     if streams:
-        run, store = partial(_by_strips, tiles=grid[:3], waits=target.shares_grid), pl.BlockSpec(memory_space=pl.ANY)
+        run, store = partial(_by_strips, tiles=grid[:3], waits=target.siblings > 0), pl.BlockSpec(memory_space=pl.ANY)
         made = [result and pltpu.VMEM((block_m, block_n), result.dtype) for result in (out, saved)]
         scratch |= {"made_refs": made, "done": pltpu.SemaphoreType.DMA((2,))}
     one_item = partial(

@@ -25,7 +25,7 @@ class Target:
         matrix_unit: the side of the matrix unit (TPU), 0 where it has no single size.
         chip: the product the figures are of.
         processors: streaming multiprocessors or compute units (GPU), which run programs side by side; 0 on a TPU.
-        shares_grid: whether two cores (TPU) divide the parallel dimensions of a kernel's grid between them.
+        siblings: other cores of the same device (TPU), which share its HBM and the parallel part of a kernel's grid.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Target:
     matrix_unit: int = 0
     chip: str = ""
     processors: int = 0
-    shares_grid: bool = False
+    siblings: int = 0
 
     @property
     def is_gpu(self) -> bool:
@@ -64,9 +64,9 @@ _CHIPS = (
     Target("sm_100", "cuda", 2250, 8000, 227 * KIB, chip="B200", processors=148),
     Target("gfx942", "rocm", 1307, 5300, 64 * KIB, chip="MI300X", processors=304),
     Target("gfx950", "rocm", 2500, 8000, 160 * KIB, chip="MI355X", processors=256),
-    Target("v4", "tpu", 137.5, 615, 16 * MIB, 128, chip="TPU v4, one of two cores", shares_grid=True),
+    Target("v4", "tpu", 137.5, 615, 16 * MIB, 128, chip="TPU v4, one of two cores", siblings=1),
     Target("v5e", "tpu", 197, 820, 128 * MIB, 128, chip="TPU v5e"),
-    Target("v5p", "tpu", 229.5, 1382, 64 * MIB, 128, chip="TPU v5p, one of two cores", shares_grid=True),
+    Target("v5p", "tpu", 229.5, 1382, 64 * MIB, 128, chip="TPU v5p, one of two cores", siblings=1),
     Target("v6e", "tpu", 918, 1638, 128 * MIB, 256, chip="TPU v6e"),
     Target("v7x", "tpu", 1154, 3690, 64 * MIB, 256, chip="TPU v7x, one of two devices"),
 )

@@ -172,10 +172,14 @@ def test_nan_and_infinity_stay_where_they_are(activation, dtype):
     assert np.isfinite(out[0, jnp.array([0, 2, 4])]).all()
 
 
-@pytest.mark.parametrize(("m", "n", "block_n"), [(24, 40, 32), (32, 1024, 512)], ids=["by the pipeline", "by strips"])
-def test_races_and_reads_before_writes(m, n, block_n):
+@pytest.mark.parametrize(
+    ("sizes", "block_n"),
+    [({"m": 24, "n": 40, "batch": 1}, 32), ({"m": 32, "n": 1024, "batch": 2, "dtype": "bfloat16"}, 512)],
+    ids=["by the pipeline", "by strips"],
+)
+def test_races_and_reads_before_writes(sizes, block_n):
     """The strict interpreter, which simulates a chip's copies and memories, finds no race and no read of nothing."""
-    problem = Problem(m=m, k=40, n=n, batch=2, dtype="bfloat16", activation="relu", bias=True, residual=True)
+    problem = Problem(k=40, **sizes, activation="relu", bias=True, residual=True)
     with interpreter(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
         check(problem, MatmulConfig(16, block_n, 16))
     assert not interpret_pallas_call.races.races_found
@@ -183,7 +187,7 @@ def test_races_and_reads_before_writes(m, n, block_n):
 
 def test_two_cores_that_share_a_grid_wait_for_their_own_strips():
     """Neither core knows which tile it made last, so that it cannot leave a copy to the next tile to wait for."""
-    sharing = replace(INTERPRET, shares_grid=True)
+    sharing = replace(INTERPRET, siblings=1)
     problem = Problem(m=32, k=24, n=64, batch=2, dtype="bfloat16")
     arrays, spec = native(problem), problem.spec
     config = MatmulConfig(16, 32, 8)

@@ -158,6 +158,8 @@ class AttentionShape(Shape):
             found["scale_block"] = None if self.float8 == 1 else self.float8
         if self.packed:
             found |= {"max_seqlen_q": self.q_len // self.packed, "max_seqlen_k": self.kv_len // self.packed}
+            if self.q_len == self.kv_len:
+                found["cu_seqlens_k"] = found["cu_seqlens_q"]
         return found
 
     def prepare(self, dtype: str) -> tuple[Any, tuple[Any, ...]]:

@@ -161,6 +161,7 @@ def _prepare_beside(
         plane_gradients=scores.gradients,
         dropout=dropout or 0.0,
         has_lengths=q_lengths is not None or kv_lengths is not None,
+        same_tokens=cu_seqlens_q is not None and cu_seqlens_q is cu_seqlens_k,
         weight=scores.weight,
     )
     by_item = [None if array is None else side.as_int32(array) for array in integers]

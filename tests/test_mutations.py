@@ -229,6 +229,18 @@ PROBLEMS: dict[str, dict[str, Any]] = {
         "packed, sinks": FeatureProblem(
             {}, {"cu_seqlens_q": ints(0, 18, 18, 55), "cu_seqlens_k": ints(0, 50, 51, 90), "sinks": (1, 2)}, 60, 99, 1
         ),
+        "packed, sinks, dropout": FeatureProblem(
+            {"dropout": 0.4},
+            {
+                "cu_seqlens_q": ints(0, 18, 18, 55),
+                "cu_seqlens_k": ints(0, 50, 51, 90),
+                "sinks": (1, 2),
+                "dropout_seed": ints(7, 1),
+            },
+            60,
+            99,
+            1,
+        ),
         "sinks": FeatureProblem({"causal": True}, {"sinks": (2, 2)}, 52, 40),
         "softcap": FeatureProblem({"score": ("mul", ("tanh", SCORE), const(2.0))}, {}),
         "plane": FeatureProblem(
@@ -558,7 +570,9 @@ ATTENTION_TRITON = Suite(
 )
 
 P, PT, PN = "attention/pallas.py", "attention/pallas_tiling.py", "tiles/pallas_philox.py"
-PF, PB, PP, PS, PK = (f"attention/pallas_{part}.py" for part in ("forward", "backward", "planes", "scores", "packed"))
+PF, PB, PP, PS, PK, PV = (
+    f"attention/pallas_{part}.py" for part in ("forward", "backward", "planes", "scores", "packed", "visits")
+)
 ATTENTION_PALLAS = Suite(
     "attention",
     "pallas",
@@ -643,7 +657,7 @@ ATTENTION_PALLAS = Suite(
         Mutation(
             "keys before a window not masked",
             PF,
-            "first = jnp.clip(whole_begin - 1, begin, end - 1)",
+            "first = jnp.clip(unshared, begin, end - 1)",
             "first = begin",
             problems=("wide window",),
         ),
@@ -696,28 +710,58 @@ ATTENTION_PALLAS = Suite(
             PK,
             "self.size), self.starts[:-1])",
             "self.size), self.starts[1:])",
-            problems=("packed",),
+            BACKWARD,
+            ("packed",),
         ),
         Mutation(
             "tokens of no sequence",
             PK,
             "nothing[: self.size], self.starts[-1]",
             "tokens[: self.size], 0",
-            problems=("packed, sinks",),
+            problems=("packed, sinks, dropout",),
         ),
         Mutation(
             "no room past the last token",
             PK,
             "self.tokens + self.size)\n",
             "self.tokens)\n",
-            problems=("tightly packed",),
+            BACKWARD,
+            ("tightly packed",),
         ),
         Mutation(
             "the first sequence last",
             PK,
             "self.starts[:-1]))\n",
             "self.starts[:-1]), reverse=True)\n",
+            BACKWARD,
+            ("packed",),
+        ),
+        Mutation(
+            "neighbours' keys",
+            PT,
+            "keys >= self.kv_first - key - group",
+            "keys >= -1000 - 0 * group",
+            problems=("packed", "tightly packed"),
+        ),
+        Mutation(
+            "results of the sequence before",
+            PV,
+            "+ visit.query >= visit.q_first",
+            "+ visit.query >= 0",
             problems=("packed",),
+        ),
+        Mutation(
+            "the last row of lanes not kept", PV, "kept_ref[...] = tile[:, last]", "pass", problems=("tightly packed",)
+        ),
+        Mutation(
+            "tokens of no sequence not visited",
+            PV,
+            "jnp.where(last, tokens, ends)",
+            "jnp.where(last, 0, ends)",
+            problems=("packed",),
+        ),
+        Mutation(
+            "sinks of tokens of no sequence", PV, "< arrays.cu_seqlens_q[-1]", ">= 0", problems=("packed, sinks",)
         ),
         Mutation("runs begin a tile late", PT, "~listed[at], listed", "-listed[at], listed", problems=("runs",)),
         Mutation("runs begin a tile late, dkv", PT, "~listed[at], listed", "-listed[at], listed", BACKWARD, ("runs",)),
@@ -782,15 +826,15 @@ ATTENTION_PALLAS = Suite(
         Mutation(
             "indices of queries and keys swapped",
             PS,
-            "row, 2) + place.query",
-            "row, 2) + place.key",
+            "row, 2) + (place.query",
+            "row, 2) + (place.key",
             problems=("mask",),
         ),
         Mutation(
             "indices of keys from 0 in each group",
             PS,
-            "row, 1) + keys + place.key",
-            "row, 1) + place.key",
+            "row, 1) + keys + (place.key",
+            "row, 1) + (place.key",
             problems=("mask",),
         ),
     ),

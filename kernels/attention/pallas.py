@@ -33,6 +33,8 @@ from .pallas_packed import packed_rows, packings, spread_inputs, spread_rows
 from .pallas_planes import exact_delta
 from .pallas_planes import gradient as gradient_of_plane
 from .pallas_tiling import Tiling
+from .pallas_visits import can_visit
+from .pallas_visits import forward as forward_of_packed
 from .sparsity import with_runs
 from .spec import INPUTS, AttentionInputs, AttentionSpec, needs_exact_delta
 from .tiles import AttentionConfig
@@ -92,6 +94,8 @@ def forward(
     """out [batch, q_len, q_heads, v_dim] and lse [batch, q_heads, q_len]."""
     arrays = AttentionInputs(*inputs)
     if arrays.cu_seqlens_q is not None:
+        if not _is_empty(arrays) and can_visit(spec, config, arrays):
+            return forward_of_packed(spec, config, target, arrays)
         queries, keys = packings(spec, arrays)
         out, lse = _forward(spec, config, target, spread_inputs(arrays, queries, keys))
         return queries.packed(out), packed_rows(lse, queries)

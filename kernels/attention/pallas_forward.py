@@ -53,15 +53,10 @@ def forward(
     scores = Scores.of(spec, arrays, sparse)
     scalars = tuple(array for array in (*lengths, arrays.forward_runs, arrays.dropout_seed) if array is not None)
     block_q, block_kv, q_padded = tiling.block_q, tiling.block_kv, round_up(q_len, tiling.block_q)
-    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
-    key_bytes = 2 * width * k.dtype.itemsize  # the stretch that is computed with, and the next one
-    for plane in scores.planes:
-        key_bytes += (2 * plane.itemsize if plane.queries else 4) * block_q if plane.keys else 0
-    item_bytes = q.dtype.itemsize
-    query_bytes = 2 * width * item_bytes + 4 * v_dim + (4 + item_bytes) * block_kv
-    major, stretches = stretch(kv_len, block_kv, key_bytes, stretch_room(block_q * query_bytes, target))
-    if stretches > 1:  # the last tile of a stretch may be any
-        tiling = replace(tiling, diagonal=False, left_diagonal=False)
+    of_planes = sum(
+        (2 * plane.itemsize if plane.queries else 4) * block_q if plane.keys else 0 for plane in scores.planes
+    )
+    tiling, major, stretches = stretched(tiling, kv_len, arrays, target, of_planes)
 
     def kv_stretch(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
         # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
@@ -105,7 +100,7 @@ def forward(
 
     out, lse = pl.pallas_call(
         partial(
-            _kernel,
+            kernel,
             tiling=tiling,
             scores=scores,
             has_sinks=sinks is not None,
@@ -117,10 +112,7 @@ def forward(
             in_specs=in_specs,
             out_specs=[per_query(v_dim), per_query(1)],
             scratch_shapes=[
-                pltpu.VMEM((v_dim, block_q), jnp.float32),
-                pltpu.VMEM((block_kv, block_q), jnp.float32),
-                pltpu.VMEM((block_kv, block_q), v.dtype),
-                *(pltpu.VMEM((size, block_q), jnp.float32) for size in (1, SUBLANES, SUBLANES)),
+                *sums(tiling, v),
                 *(scratch for plane in scores.planes for scratch in plane.scratch(major, block_q)),
             ],
         ),
@@ -134,7 +126,36 @@ def forward(
     return out[..., :q_len].transpose(0, 3, 1, 2), lse[:, :, 0, :q_len]
 
 
-def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_value_scales: bool) -> None:
+def stretched(
+    tiling: Tiling, kv_size: int, arrays: AttentionInputs, target: Target, of_planes: int = 0
+) -> tuple[Tiling, int, int]:
+    """What a tiling becomes where VMEM does not hold all keys at once; how many it holds, and how often.
+
+    of_planes: bytes of the planes for a key.
+    """
+    (head_dim, v_dim), item_bytes = (arrays.q.shape[3], arrays.v.shape[3]), arrays.q.dtype.itemsize
+    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
+    query_bytes = 2 * width * item_bytes + 4 * v_dim + (4 + item_bytes) * tiling.block_kv
+    key_bytes = 2 * width * item_bytes + of_planes  # the stretch that is computed with, and the next one
+    room = stretch_room(tiling.block_q * query_bytes, target)
+    major, stretches = stretch(kv_size, tiling.block_kv, key_bytes, room)
+    if stretches > 1:  # the last tile of a stretch may be any
+        tiling = replace(tiling, diagonal=False, left_diagonal=False)
+    return tiling, major, stretches
+
+
+def sums(tiling: Tiling, v: jax.Array) -> list[Any]:
+    """The kernel's scratch, beside that of the planes."""
+    block_q, block_kv = tiling.block_q, tiling.block_kv
+    return [
+        pltpu.VMEM((v.shape[3], block_q), jnp.float32),
+        pltpu.VMEM((block_kv, block_q), jnp.float32),
+        pltpu.VMEM((block_kv, block_q), v.dtype),
+        *(pltpu.VMEM((size, block_q), jnp.float32) for size in (1, SUBLANES, SUBLANES)),
+    ]
+
+
+def kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_value_scales: bool) -> None:
     """One tile of queries against a stretch of keys.
 
     The scores of the next tile are computed while the present one is exponentiated and summed: one keeps the matrix
@@ -155,10 +176,10 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
     strips = [slice(start, start + tiling.strip) for start in range(0, block_q, tiling.strip)]
     one = 2.0**scores.weight_exponent  # what a weight of 1 is
     wide = q_ref.shape[0] > (LANES if tiling.rolled else 2 * LANES)
-    b, h, query = pl.program_id(0), pl.program_id(1), pl.program_id(2) * block_q
-    first_tile = pl.program_id(3) * (k_ref.shape[0] // block_kv)
-    sequence = tiling.sequence(b, scalars)
+    h, first_tile = pl.program_id(1), pl.program_id(3) * (k_ref.shape[0] // block_kv)
+    b, sequence, query = tiling.visit(pl.program_id(0), pl.program_id(2), scalars)
     cuts_corners = not wide and not scores.changes_weights
+    cut = tiling.has_partial_tiles or scores.sparse
     edge = Seen.UP_TO_DIAGONAL if tiling.diagonal and cuts_corners else Seen.MASKED
 
     @pl.when(pl.program_id(3) == 0)
@@ -203,8 +224,17 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
         scores_ref[pl.ds(row, size), strip] = unfold(found)
         best_ref[:, strip] = jnp.maximum(best_ref[:, strip], found.max(axis=0))
 
-    def step(tile: Any, _: None, adding: Seen = Seen.WHOLE, following: Seen | None = Seen.WHOLE) -> None:
-        """Add a tile whose scores are written, and write those of the following one."""
+    def step(
+        tile: Any,
+        _: None,
+        adding: Seen = Seen.WHOLE,
+        following: Seen | None = Seen.WHOLE,
+        shared: bool = False,
+    ) -> None:
+        """Add a tile whose scores are written, and write those of the following one.
+
+        shared: whether it may hold other sequences' keys. Their weights are 0, but their values may be NaN.
+        """
         peak = peak_ref[...]
         new_peak = jnp.maximum(peak, best_ref[...].max(axis=0, keepdims=True))
         finite_peak = jnp.where(new_peak == -jnp.inf, 0, new_peak)
@@ -227,7 +257,13 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
             weights = weights_ref[added.start : added.stop, strip]
             for dim in range(0, v_ref.shape[0], LANES):
                 dims = slice(dim, dim + LANES)
-                acc[dims, strip] = acc[dims, strip] * shrink[:, strip] + dot(v_ref[dims, keys], weights)
+                values = v_ref[dims, keys]
+                if shared:
+                    at = (first_tile + tile) * block_kv + added.start
+                    own = lax.broadcasted_iota(jnp.int32, values.shape, 1) + at
+                    own = (own >= sequence.kv_first) & (own < sequence.kv_len)
+                    values = jnp.where(own, values.astype(jnp.float32), 0).astype(values.dtype)
+                acc[dims, strip] = acc[dims, strip] * shrink[:, strip] + dot(values, weights)
         if following is not None and in_loops(following):
             for row in range(0, block_kv, part):
                 score_in_loops(tile + 1, row, following)
@@ -266,9 +302,21 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
                 for row in seen.keys(block_kv, part, strip):
                     score(tile, row, strip, seen)
 
+    def begin_as_seen(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
+        """The same, with a mask where one is needed, and without what lies past a diagonal."""
+        if not cut:
+            return begin_with(begin, Seen.WHOLE)
+        starts_whole = whole_begin <= begin
+        whole = starts_whole & (whole_end > begin)
+        on_edge = starts_whole & ~whole & (begin == end - 1)
+        pl.when(whole)(partial(begin_with, begin, Seen.WHOLE))
+        if edge is Seen.UP_TO_DIAGONAL:
+            pl.when(on_edge)(partial(begin_with, begin, edge))
+            whole |= on_edge
+        pl.when(~whole)(partial(begin_with, begin, Seen.MASKED))
+        return None
+
     def walk_some(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
-        cut = tiling.has_partial_tiles or scores.sparse
-        seen = Seen.MASKED if cut else Seen.WHOLE
         best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
         # Each loop goes by the tile whose scores it writes, the one after the tile that it adds. What was written with
         # a mask may be added as whole.
@@ -280,19 +328,20 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_val
                 step(begin, None, adding=Seen.PAST_DIAGONAL, following=second)
 
             pl.when(whole_begin > begin)(add_first)
-            pl.when(whole_begin <= begin)(partial(begin_with, begin, seen))
+            pl.when(whole_begin <= begin)(partial(begin_as_seen, begin, whole_begin, whole_end, end))
             first = jnp.where(whole_begin > begin, begin + 1, begin)
         else:
-            begin_with(begin, seen)
+            begin_as_seen(begin, whole_begin, whole_end, end)
             first = begin
-            if tiling.left is not None or scores.sparse:
-                first = jnp.clip(whole_begin - 1, begin, end - 1)
-                lax.fori_loop(begin, first, partial(step, following=Seen.MASKED), None)
+            if tiling.left is not None or scores.sparse or tiling.packed:
+                unshared = whole_begin if tiling.packed else whole_begin - 1
+                first = jnp.clip(unshared, begin, end - 1)
+                lax.fori_loop(begin, first, partial(step, following=Seen.MASKED, shared=tiling.packed), None)
         last = jnp.maximum(jnp.minimum(whole_end, end) - 1, first)
         lax.fori_loop(first, last, step, None)
         if cut:
             lax.fori_loop(last, end - 1, partial(step, following=edge), None)
-        step(end - 1, None, adding=edge, following=None)
+        step(end - 1, None, adding=edge, following=None, shared=tiling.packed)
 
     bounds = sequence.visible_kv(query)
     if scores.sparse:

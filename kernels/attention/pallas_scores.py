@@ -175,13 +175,13 @@ class Scores:
 
     def values(self, products: jax.Array, place: Place) -> dict[Expression, Any]:
         """What each leaf of an expression is, for products [keys / 8, 8, queries]."""
-        row = (1, *products.shape[1:])
+        row, sequence = (1, *products.shape[1:]), place.sequence
         keys = SUBLANES * lax.broadcasted_iota(jnp.int32, products.shape, 0)
         indices = (
             jnp.full(row, place.b, jnp.int32),
             jnp.full(row, place.h, jnp.int32),
-            lax.broadcasted_iota(jnp.int32, row, 2) + place.query,
-            lax.broadcasted_iota(jnp.int32, row, 1) + keys + place.key,
+            lax.broadcasted_iota(jnp.int32, row, 2) + (place.query - sequence.q_first),
+            lax.broadcasted_iota(jnp.int32, row, 1) + keys + (place.key - sequence.kv_first),
         )
         values: dict[Expression, Any] = {(name,): index for name, index in zip(INDICES, indices, strict=True)}
         values[SCORE] = products * self.scale

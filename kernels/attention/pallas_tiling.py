@@ -58,6 +58,7 @@ class Tiling:
         drops: whether weights are dropped.
         diagonal: whether a window's right edge goes through tiles from corner to corner, and nothing else cuts those.
         left_diagonal: whether its left edge does, too.
+        packed: whether grid steps go by visits, each a tile of one of the packed sequences (`pallas_visits.py`).
     """
 
     q_size: int
@@ -75,6 +76,7 @@ class Tiling:
     drops: bool
     diagonal: bool
     left_diagonal: bool
+    packed: bool
 
     @staticmethod
     def choose(
@@ -85,6 +87,7 @@ class Tiling:
         has_lengths: bool,
         hides_queries: bool = False,
         has_runs: bool = False,
+        packed: bool = False,
     ) -> Tiling:
         block_q = fit_block("config.block_q", tiles.block_q, sizes[0], target)
         block_kv = fit_block("config.block_kv", tiles.block_kv, sizes[1], target)
@@ -92,7 +95,8 @@ class Tiling:
         left, right = _within(spec.left, sizes), _within(spec.right, sizes)
         strip = _STRIP if target.matrix_unit else 4 * SUBLANES
         plain = spec.score is None and spec.mask is None and not has_lengths and not hides_queries
-        square = right == 0 and block_q == block_kv and (sizes[1] - sizes[0]) % block_q == 0
+        level = spec.same_tokens if packed else (sizes[1] - sizes[0]) % block_q == 0
+        square = right == 0 and block_q == block_kv and level
         diagonal = plain and square and (left is None or left >= block_kv - 1)
         return Tiling(
             *sizes,
@@ -108,7 +112,8 @@ class Tiling:
             has_runs=has_runs,
             drops=spec.dropout > 0,
             diagonal=diagonal,
-            left_diagonal=diagonal and left is not None and (left + 1) % block_kv == 0,
+            left_diagonal=diagonal and not packed and left is not None and (left + 1) % block_kv == 0,
+            packed=packed,
         )
 
     @property
@@ -120,7 +125,8 @@ class Tiling:
     def has_partial_tiles(self) -> bool:
         """Whether there are tiles of which a query sees only some keys."""
         window = self.left is not None or self.right is not None
-        return window or self.has_lengths or self.kv_size % self.block_kv != 0 or self.has_partial_queries
+        own_ends = self.has_lengths or self.packed
+        return window or own_ends or self.kv_size % self.block_kv != 0 or self.has_partial_queries
 
     @property
     def has_partial_queries(self) -> bool:
@@ -128,8 +134,8 @@ class Tiling:
 
     @property
     def prefetched(self) -> int:
-        """How many arrays of scalars are fetched before the grid runs: lengths, a list of runs, a seed."""
-        return self.has_lengths + self.has_runs + self.drops
+        """How many arrays of scalars are fetched before the grid runs: lengths or visits, a list of runs, a seed."""
+        return self.has_lengths + self.packed + self.has_runs + self.drops
 
     def seed(self, scalars: tuple[Any, ...]) -> Any:
         """The reference to the seed, None where nothing is dropped."""
@@ -141,11 +147,38 @@ class Tiling:
             return Sequence(self, self.q_size, self.kv_size)
         return Sequence(self, scalars[0][0, b], scalars[0][1, b])
 
+    def visit(self, b: Any, tile: Any, scalars: tuple[Any, ...]) -> tuple[Any, Sequence, Any]:
+        """Of a grid step of the forward: the batch item, or packed sequence, and the first query of its tile."""
+        if not self.packed:
+            return b, self.sequence(b, scalars), tile * self.block_q
+        visit = Visit(*(scalars[0][row, tile] for row in range(len(Visit._fields))))
+        return visit.number, Sequence(self, visit.q_end, visit.kv_end, visit.q_first, visit.kv_first), visit.query
+
     def runs(self, b: Any, h: Any, tile: Any, scalars: tuple[Any, ...]) -> RunsOfTile:
         """What the mask shows to a tile of queries, or of keys, whichever the list's rows are."""
         listed = scalars[self.has_lengths]
         row = HEADER + b * listed[0] + h * listed[1] + tile
         return RunsOfTile(listed, listed[row], listed[row + 1])
+
+
+class Visit(NamedTuple):
+    """A tile of queries of one packed sequence, against its keys. Positions count from two aligned tokens before them.
+
+    Attributes:
+        number: of the sequence.
+        q_token, kv_token: those tokens, among all: what a chip can address.
+        q_first, q_end, kv_first, kv_end: the sequence's own.
+        query: the first of the tile.
+    """
+
+    number: Any
+    q_token: Any
+    kv_token: Any
+    q_first: Any
+    q_end: Any
+    kv_first: Any
+    kv_end: Any
+    query: Any
 
 
 class RunsOfTile(NamedTuple):
@@ -184,11 +217,16 @@ def _first_of(listed: Any, at: Any) -> Any:
 
 @dataclass(frozen=True)
 class Sequence:
-    """A batch item: its tiles, and its lengths, which are numbers that a kernel reads where it has lengths."""
+    """A batch item: its tiles, and its lengths, which are numbers that a kernel reads where it has lengths.
+
+    A packed sequence begins at q_first and kv_first, and then q_len and kv_len are where it ends.
+    """
 
     tiling: Tiling
     q_len: Any
     kv_len: Any
+    q_first: Any = 0
+    kv_first: Any = 0
 
     @property
     def offset(self) -> Any:
@@ -198,22 +236,22 @@ class Sequence:
     def visible_kv(self, query: Any) -> tuple[Any, Any, Any, Any]:
         """For the tile of queries at `query`: the first tile of keys that some see, the first and the end of those that
         all see whole, and the end of those that some see."""
-        tiling, clip = self.tiling, self._clip_to(self.kv_len)
+        tiling, clip = self.tiling, self._clip_to(self.kv_first, self.kv_len)
         first = query + self.offset
         last = first + tiling.block_q - 1
-        begin = whole_begin = 0
+        begin = whole_begin = self.kv_first
         end = whole_end = self.kv_len
         if tiling.left is not None:
             begin, whole_begin = clip(first - tiling.left), clip(last - tiling.left)
         if tiling.right is not None:
             whole_end, end = clip(first + tiling.right + 1), clip(last + tiling.right + 1)
-        if tiling.has_lengths:
+        if tiling.has_lengths or tiling.packed:
             end = jnp.where(query < self.q_len, end, 0)
         return _tiles(begin, whole_begin, whole_end, end, tiling.block_kv)
 
     def visible_q(self, key: Any) -> tuple[Any, Any, Any, Any]:
         """The same of the tiles of queries, for the tile of keys at `key`."""
-        tiling, clip = self.tiling, self._clip_to(self.q_len)
+        tiling, clip = self.tiling, self._clip_to(0, self.q_len)
         first = key - self.offset
         last = first + tiling.block_kv - 1
         begin: Any = 0
@@ -257,6 +295,8 @@ class Sequence:
             conditions.append(keys - queries <= query - key + self.offset + tiling.right - group)
         if tiling.left is not None and seen is not Seen.UP_TO_DIAGONAL:
             conditions.append(keys - queries >= query - key + self.offset - tiling.left - group)
+        if tiling.packed and seen is not Seen.UP_TO_DIAGONAL:
+            conditions.append(keys >= self.kv_first - key - group)
         if not tiling.ends_with_window:
             conditions.append(keys < self.kv_len - key - group)
         if tiling.has_partial_queries:
@@ -266,8 +306,8 @@ class Sequence:
             visible = visible & condition
         return visible
 
-    def _clip_to(self, size: Any) -> Any:
-        return lambda x: jnp.clip(x, 0, size)
+    def _clip_to(self, first: Any, end: Any) -> Any:
+        return lambda x: jnp.clip(x, first, end)
 
 
 def _within(bound: int | None, sizes: tuple[int, int]) -> int | None:

@@ -38,6 +38,7 @@ class AttentionSpec:
         mask: a key is seen where this is true as well; None hides nothing.
         max_seqlen_q: of packed sequences, a bound on their numbers of queries; None where nothing is packed.
         max_seqlen_k: and of their keys.
+        same_tokens: whether the packed queries and keys are known to be of the same tokens, sequence by sequence.
         dropout: the share of the weights that is dropped; those that stay are divided by `1 - dropout`.
         weight: by what a weight is multiplied before the product with v, from 0 to 1; None leaves it.
         result_dtype: of the result, where that is not dtype.
@@ -58,6 +59,7 @@ class AttentionSpec:
     mask: Expression | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    same_tokens: bool = False
     plane_gradients: tuple[int, ...] = ()
     dropout: float = 0.0
     has_lengths: bool = False

@@ -225,10 +225,11 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     elif width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
     elif plain:
-        most = 1024 if not spec.has_lengths and spec.max_seqlen_q is None else 512
+        most = 512 if spec.has_lengths else 1024
         if spec.left is not None:  # what of a tile no window reaches is computed for nothing
             most = min(most, max(128, 1 << max(0, spec.left).bit_length() - 1))
-        forward, backward = (most, most), (min(most, 512), most)
+        most_keys = most if spec.max_seqlen_q is None else min(most, 512)  # the backward's sequences have lengths
+        forward, backward = (most, most), (min(most, 512), most_keys)
     elif width > 128:
         forward, backward = (128, 512), (128, 512)
         if target.matrix_unit == 256:

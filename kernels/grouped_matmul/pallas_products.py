@@ -1,14 +1,17 @@
-"""What the TPU kernels of grouped_matmul share: adding a product to its sums, and the memory for both."""
+"""What the TPU kernels of grouped_matmul share: products and results of the rows of a group, and memory for them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, PRODUCTS_AT_ONCE, contract, in_chunks
+from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, PRODUCTS_AT_ONCE, contract, in_chunks, in_pieces
 
 # How much of k one product takes, by the columns of a matrix unit: each product begins and ends with units that wait.
 DEEP = {128: 1024, 256: 4096}
@@ -52,6 +55,56 @@ def add_product(
     pairs = [pair for pair in LOW_PRODUCTS if pair[1] < len(rights)] if low_ref is not None else []
     for index, pair in enumerate(pairs):
         add_all(low_ref, pair, begins & (index == 0))
+
+
+def in_rows_of_group(
+    block: tuple[Any, int], group: tuple[Any, Any], shared: int, multiply: Callable[..., None]
+) -> None:
+    """Multiply a block that groups share, which is visited for each, where it has rows of the group.
+
+    block: its first row, and how many it has; group: from which row to which. shared: rows of a piece, which is
+    multiplied whole or not at all.
+    """
+    (begin, size), (first, end) = block, group
+    whole = (first <= begin) & (begin + size <= end)
+
+    def if_any(rows: Any) -> None:
+        pl.when((begin + rows.start < end) & (begin + rows.start + rows.size > first))(lambda: multiply(rows=rows))
+
+    if shared >= size:
+        multiply()
+    else:
+        pl.when(whole)(multiply)
+        pl.when(~whole)(lambda: in_chunks(size, shared, if_any))
+
+
+def finish_rows_of_group(
+    shape: tuple[int, int], begin: Any, group: tuple[Any, Any], piece: tuple[int, int], finish: Callable[..., None]
+) -> None:
+    """Finish the pieces of a block at row `begin` that have rows of the group.
+
+    finish takes rows, columns, and a column that says which of the rows are the group's, or None for all.
+    """
+    size, (first, end) = shape[0], group
+    whole = (first <= begin) & (begin + size <= end)
+
+    def some(rows: Any, cols: Any) -> None:
+        row = begin + rows.start + lax.broadcasted_iota(jnp.int32, (rows.size, 1), 0)
+        finish(rows, cols, (row >= first) & (row < end))
+
+    def strip(number: Any, _: None) -> None:
+        rows = pl.ds(pl.multiple_of(number * piece[0], piece[0]), piece[0])
+        in_chunks(shape[1], piece[1], lambda cols: some(rows, cols))
+
+    def part() -> None:
+        if size % piece[0]:
+            in_pieces(shape, piece, some)
+        else:
+            of_end = lax.div(jnp.minimum(end - begin, size) + piece[0] - 1, piece[0])
+            lax.fori_loop(lax.div(jnp.maximum(first - begin, 0), piece[0]), of_end, strip, None)
+
+    pl.when(whole)(lambda: in_pieces(shape, piece, lambda rows, cols: finish(rows, cols, None)))
+    pl.when(~whole)(part)
 
 
 def _even(size: int, most: int) -> int:

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -27,13 +26,13 @@ from ..tiles.pallas_tiles import (
     call_params,
     elementwise_piece,
     few_registers,
-    in_pieces,
     round_up,
     split_parts,
     whole_or_fit,
 )
 from ..tiles.targets import Target
-from .pallas_products import add_product, total
+from .pallas_ahead import GroupVisit, ahead_scratch, can_fetch, fetch_ahead
+from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, total
 from .pallas_schedule import Visits, fit_rows
 from .spec import GroupedMatmulSpec
 from .tiles import GroupedMatmulTiles
@@ -99,7 +98,10 @@ def quantized_rows(
 
     scale_rows = min(matrices[0][1].shape[2], -(-number_rows // spec.group_size)) if scaled else 1
     of_scales = pl.BlockSpec((None, None, scale_rows, block_n), rows_at if scaled else columns_at)
-    of_matrix = (pl.BlockSpec((None, None, code_rows, block_n), rows_at), of_scales, of_scales)
+    codes = matrices[0][0]
+    ahead = can_fetch((code_rows, block_n), codes.shape[2:], transposes, steps, target)
+    of_codes = pl.BlockSpec((None, None, code_rows, block_n), rows_at)
+    of_matrix = (pl.BlockSpec(memory_space=pl.ANY) if ahead else of_codes, of_scales, of_scales)
     arrays = [  # zeros in a dtype of which a block may have eight rows, as the scales' are
         (values, scales, None if zeros is None else zeros.astype(jnp.bfloat16)) for values, scales, zeros in matrices
     ]
@@ -118,14 +120,17 @@ def quantized_rows(
             transposes=transposes,
             groups=groups,
             visits=visits.count,
+            blocks=pl.cdiv(columns, block_out),
+            waits=target.siblings > 0,
             steps=steps,
             tail=summed - (steps - 1) * block_sum,
             columns=target.matrix_unit or LANES,
+            shared_rows=8 if target.interpreted else target.matrix_unit or LANES,
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
             codes_piece=code_piece(target),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=5,
             grid=(batch, pl.cdiv(columns, block_out), visits.count, steps),
             in_specs=[
                 [pl.BlockSpec((None, block_m, block_sum), left_at)] * len(lefts),
@@ -140,12 +145,13 @@ def quantized_rows(
                 sums if wide else None,
                 pltpu.VMEM((3, block_m, block_sum), jnp.bfloat16) if wide else None,
                 [numbers] * len(matrices),
+                ahead_scratch((code_rows, block_n), codes.dtype, len(matrices)) if ahead else None,
             ],
         ),
         out_shape=[kept, out],
         name="grouped_matmul_quantized_dlhs" if transposes else "grouped_matmul_quantized",
         **call_params(target, ("parallel", "parallel", "arbitrary", "arbitrary")),
-    )(*visits.arrays, list(lefts), arrays)
+    )(*visits.arrays, visits.following, list(lefts), arrays)
     return results[1], results[0]
 
 
@@ -154,6 +160,7 @@ def _kernel(
     tile_ref: Any,
     first_ref: Any,
     end_ref: Any,
+    following_ref: Any,
     left_refs: Any,
     matrix_refs: Any,
     kept_ref: Any | None,
@@ -162,6 +169,7 @@ def _kernel(
     lows: Any | None,
     left_parts: Any | None,
     all_numbers: Any,
+    ahead: Any | None,
     *,
     name: str,
     group_size: int,
@@ -169,9 +177,12 @@ def _kernel(
     transposes: bool,
     groups: int,
     visits: int,
+    blocks: int,
+    waits: bool,
     steps: int,
     tail: int,
     columns: int,
+    shared_rows: int,
     piece: tuple[int, int],
     codes_piece: tuple[int, int],
 ) -> None:
@@ -179,21 +190,27 @@ def _kernel(
 
     lefts are [m, sum], matrices (codes, scales, zeros) of [k, n], kept [2, m, columns] or None, out [m, columns].
     """
-    visit, step = pl.program_id(2), pl.program_id(3)
-    number = pl.program_id(0) * visits + visit
+    place, step = (pl.program_id(0), pl.program_id(1)), pl.program_id(3)
+    visit = GroupVisit(group_ref, first_ref, end_ref, following_ref, place[0] * visits, pl.program_id(2))
+    number, fresh = visit.number, visit.fresh
     owned = group_ref[number] < groups
     first, end = first_ref[number], end_ref[number]
     block_m, block = out_ref.shape[0], left_refs[0].shape[1]
+    begin = tile_ref[number] * block_m
+    of_group = partial(in_rows_of_group, (begin, block_m), (first, end), shared_rows)
     scales_numbers = bool(group_size) or transposes
-    fresh = (visit == 0) | (group_ref[number - jnp.minimum(visit, 1)] != group_ref[number])
 
-    def to_numbers() -> None:
-        for (values_ref, scales_ref, zeros_ref), numbers in zip(matrix_refs, all_numbers, strict=True):
+    def write_numbers(codes: Sequence[Any]) -> None:
+        for values_ref, (_, scales_ref, zeros_ref), numbers in zip(codes, matrix_refs, all_numbers, strict=True):
             of_block = scales_ref if scales_numbers else None
             dequantise(values_ref, of_block, zeros_ref, numbers, name, group_size, codes_piece)
 
     @pl.when(owned & (first < end))
     def _multiply() -> None:
+        codes = [values_ref for values_ref, _, _ in matrix_refs]
+        if ahead is not None:
+            codes = fetch_ahead(codes, ahead, transposes, place, blocks, waits, visit, (begin, block_m))
+        to_numbers = partial(write_numbers, codes)
         if steps == 1:
             pl.when(fresh)(to_numbers)
         else:
@@ -203,30 +220,29 @@ def _kernel(
             if index < len(left_refs):
                 left_ref = left_refs[index]
                 parts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece)
-            place = 0 if transposes else index
-            totals = (sums[place], None if lows is None else lows[place])
+            at = 0 if transposes else index
+            totals = (sums[at], None if lows is None else lows[at])
             rights = [numbers.at[part] for part in range(numbers.shape[0])]
             multiply = partial(
-                add_product, totals, parts, rights, 1 if transposes else 0, (step == 0) & (place == index), columns
+                add_product, totals, parts, rights, 1 if transposes else 0, (step == 0) & (at == index), columns
             )
             if tail == block:
-                multiply(tail)
+                of_group(partial(multiply, tail))
             else:
-                pl.when(step < steps - 1)(partial(multiply, block))
-                pl.when(step == steps - 1)(partial(multiply, tail))
+                pl.when(step < steps - 1)(partial(of_group, partial(multiply, block)))
+                pl.when(step == steps - 1)(partial(of_group, partial(multiply, tail)))
 
-    def finish(rows: Any, cols: Any) -> None:
+    def finish(rows: Any, cols: Any, seen: jax.Array | None) -> None:
         found = []
         for place in range(len(sums)):
             product = total(sums, lows, place, rows, cols)
             if not scales_numbers:
                 product = product * matrix_refs[place][1][:, cols].astype(jnp.float32)
             found.append(jnp.where(owned, product, 0))
-        row = tile_ref[number] * block_m + rows.start + lax.broadcasted_iota(jnp.int32, found[0].shape, 0)
-        of_group = (row >= first) & (row < end)
 
         def put(ref: Any, value: jax.Array) -> None:
-            ref[...] = jnp.where(of_group, value, ref[...].astype(jnp.float32)).astype(ref.dtype)
+            kept = value if seen is None else jnp.where(seen, value, ref[...].astype(jnp.float32))
+            ref[...] = kept.astype(ref.dtype)
 
         gated = activation is not None and not transposes
         put(out_ref.at[rows, cols], activate(activation, found[0]) * found[1] if gated else found[0])
@@ -234,7 +250,9 @@ def _kernel(
             for half in (0, 1):
                 put(kept_ref.at[half, rows, cols], found[half])
 
-    pl.when((step == steps - 1) & (first < end))(lambda: in_pieces(out_ref.shape, piece, finish))
+    pl.when((step == steps - 1) & (first < end))(
+        lambda: finish_rows_of_group(out_ref.shape, begin, (first, end), piece, finish)
+    )
 
 
 def _block_k(spec: GroupedMatmulSpec, block: int, k: int) -> int:

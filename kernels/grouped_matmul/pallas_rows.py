@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -18,13 +17,12 @@ from ..tiles.pallas_tiles import (
     call_params,
     elementwise_piece,
     few_registers,
-    in_chunks,
-    in_pieces,
     split_parts,
     whole_or_fit,
 )
 from ..tiles.targets import Target
-from .pallas_products import add_product, scratch, total
+from .pallas_ahead import GroupVisit, ahead_scratch, can_fetch, fetch_ahead
+from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, scratch, total
 from .pallas_schedule import Visits, fit_rows
 from .tiles import GroupedMatmulTiles
 
@@ -77,8 +75,10 @@ def rows(
     def kept_at(b: Any, j: Any, v: Any, s: Any, group: Any, tile: Any, *_: Any) -> Any:
         return b, 0, tile[b * visits.count + v], j
 
-    right_block = (None, None, block_n, block_k) if turned else (None, None, block_k, block_n)
+    right_block = (block_n, block_k) if turned else (block_k, block_n)
     steps = pl.cdiv(k, block_k)
+    ahead = can_fetch(right_block, rights[0].shape[2:], turned, steps, target)
+    of_right = pl.BlockSpec(memory_space=pl.ANY) if ahead else pl.BlockSpec((None, None, *right_block), right_at)
     results = pl.pallas_call(
         partial(
             _rows_kernel,
@@ -88,6 +88,8 @@ def rows(
             lefts=len(lefts),
             groups=groups,
             visits=visits.count,
+            blocks=pl.cdiv(n, block_n),
+            waits=target.siblings > 0,
             steps=steps,
             tail=k - (steps - 1) * block_k,
             columns=target.matrix_unit or LANES,
@@ -95,22 +97,24 @@ def rows(
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=5,
             grid=(batch, pl.cdiv(n, block_n), visits.count, steps),
-            in_specs=[pl.BlockSpec((None, block_m, block_k), left_at) for _ in lefts]
-            + [pl.BlockSpec(right_block, right_at) for _ in rights],
+            in_specs=[pl.BlockSpec((None, block_m, block_k), left_at) for _ in lefts] + [of_right for _ in rights],
             out_specs=[
                 None if kept is None else pl.BlockSpec((None, 2, block_m, block_n), kept_at),
                 pl.BlockSpec((None, block_m, block_n), out_at),
             ],
-            scratch_shapes=scratch(
-                dtype, (block_m, block_n), (block_m, block_k), right_block[2:], 1 if len(lefts) == 2 else len(rights)
-            ),
+            scratch_shapes=[
+                *scratch(
+                    dtype, (block_m, block_n), (block_m, block_k), right_block, 1 if len(lefts) == 2 else len(rights)
+                ),
+                ahead_scratch(right_block, dtype, len(rights)) if ahead else None,
+            ],
         ),
         out_shape=[kept, out],
         name="grouped_matmul_dlhs" if turned else "grouped_matmul",
         **call_params(target, ("parallel", "parallel", "arbitrary", "arbitrary")),
-    )(*visits.arrays, *lefts, *rights)
+    )(*visits.arrays, visits.following, *lefts, *rights)
     return results[1], results[0]
 
 
@@ -119,6 +123,7 @@ def _rows_kernel(
     tile_ref: Any,
     first_ref: Any,
     end_ref: Any,
+    following_ref: Any,
     *refs: Any,
     activation: str | None,
     turned: bool,
@@ -126,6 +131,8 @@ def _rows_kernel(
     lefts: int,
     groups: int,
     visits: int,
+    blocks: int,
+    waits: bool,
     steps: int,
     tail: int,
     columns: int,
@@ -134,41 +141,33 @@ def _rows_kernel(
 ) -> None:
     """One step along k of one visit of a tile [m, n].
 
-    A block that groups share is visited for each: only those of its pieces of `shared_rows` are multiplied that have
-    rows of the group.
-
     refs are lefts [m, k], rights [k, n] or turned [n, k], kept [2, m, n] or None, out [m, n], and scratch.
     """
     left_refs, right_refs = refs[:lefts], refs[lefts : lefts + products]
-    kept_ref, out_ref, sums, lows, left_parts, right_parts = refs[lefts + products :]
-    number, step = pl.program_id(0) * visits + pl.program_id(2), pl.program_id(3)
+    kept_ref, out_ref, sums, lows, left_parts, right_parts, ahead = refs[lefts + products :]
+    place, step = (pl.program_id(0), pl.program_id(1)), pl.program_id(3)
+    visit = GroupVisit(group_ref, first_ref, end_ref, following_ref, place[0] * visits, pl.program_id(2))
+    number = visit.number
     owned = group_ref[number] < groups
     first, end = first_ref[number], end_ref[number]
     block_m = out_ref.shape[0]
     begin = tile_ref[number] * block_m
-    whole = (first <= begin) & (begin + block_m <= end)
-
-    def of_group(multiply: Any) -> None:
-        def if_any(rows: Any) -> None:
-            pl.when((begin + rows.start < end) & (begin + rows.start + rows.size > first))(lambda: multiply(rows=rows))
-
-        if shared_rows >= block_m:
-            multiply()
-        else:
-            pl.when(whole)(multiply)
-            pl.when(~whole)(lambda: in_chunks(block_m, shared_rows, if_any))
+    of_group = partial(in_rows_of_group, (begin, block_m), (first, end), shared_rows)
 
     @pl.when(owned & (first < end))
     def _multiply() -> None:
         parts: list[Any] = []
-        for index, right_ref in enumerate(right_refs):
+        fetched = right_refs
+        if ahead is not None:
+            fetched = fetch_ahead(right_refs, ahead, turned, place, blocks, waits, visit, (begin, block_m))
+        for index, right_ref in enumerate(fetched):
             if index < lefts:
                 left_ref = left_refs[index]
                 parts = [left_ref] if left_parts is None else split_parts(left_ref, left_parts, piece)
             rights = [right_ref] if right_parts is None else split_parts(right_ref, right_parts, piece)
-            place = 0 if lefts > 1 else index
-            totals = (sums[place], None if lows is None else lows[place])
-            begins = (step == 0) & (place == index)
+            at = 0 if lefts > 1 else index
+            totals = (sums[at], None if lows is None else lows[at])
+            begins = (step == 0) & (at == index)
 
             multiply = partial(add_product, totals, parts, rights, 1 if turned else 0, begins, columns)
             if tail == left_refs[0].shape[1]:
@@ -177,17 +176,18 @@ def _rows_kernel(
                 pl.when(step < steps - 1)(partial(of_group, partial(multiply, left_refs[0].shape[1])))
                 pl.when(step == steps - 1)(partial(of_group, partial(multiply, tail)))
 
-    def finish(rows: Any, cols: Any) -> None:
+    def finish(rows: Any, cols: Any, seen: jax.Array | None) -> None:
         found = [jnp.where(owned, total(sums, lows, place, rows, cols), 0) for place in range(len(sums))]
-        row = begin + rows.start + lax.broadcasted_iota(jnp.int32, found[0].shape, 0)
-        of_the_group = (row >= first) & (row < end)
 
         def put(ref: Any, value: jax.Array) -> None:
-            ref[...] = jnp.where(of_the_group, value, ref[...].astype(jnp.float32)).astype(ref.dtype)
+            kept = value if seen is None else jnp.where(seen, value, ref[...].astype(jnp.float32))
+            ref[...] = kept.astype(ref.dtype)
 
         put(out_ref.at[rows, cols], found[0] if activation is None else activate(activation, found[0]) * found[1])
         if kept_ref is not None:
             for half in (0, 1):
                 put(kept_ref.at[half, rows, cols], found[half])
 
-    pl.when((step == steps - 1) & (first < end))(lambda: in_pieces(out_ref.shape, piece, finish))
+    pl.when((step == steps - 1) & (first < end))(
+        lambda: finish_rows_of_group(out_ref.shape, begin, (first, end), piece, finish)
+    )

@@ -27,10 +27,12 @@ class Visits:
         tile: the number of the block of rows.
         first: the first row of the group.
         end: where its rows end. Of an empty group, and of the visits that are left over, it is `first`.
+        following: the group with rows that comes next, -1 where none does.
     """
 
     arrays: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     count: int
+    following: jax.Array
 
     @classmethod
     def of(cls, sizes: jax.Array, tokens: int, block: int, every: bool) -> Visits:
@@ -60,8 +62,11 @@ class Visits:
         tile = jnp.minimum(first // block + seen - of_group(after - taken), blocks - 1)
         left_over = number >= after[:, -1:]
         first, end = jnp.where(left_over, 0, first), jnp.where(left_over, 0, end)
-        flat = [array.astype(jnp.int32).reshape(batch * count) for array in (group, tile, first, end)]
-        return cls((flat[0], flat[1], flat[2], flat[3]), count)
+        later = jnp.where((group < groups)[:, None] & (group[:, None] > group[:, :, None]), group[:, None], groups)
+        following = later.min(axis=2, initial=groups)
+        following = jnp.where(following < groups, following, -1)
+        flat = [array.astype(jnp.int32).reshape(batch * count) for array in (group, tile, first, end, following)]
+        return cls((flat[0], flat[1], flat[2], flat[3]), count, flat[4])
 
 
 def fit_rows(name: str, block: int, tokens: int, groups: int, target: Target) -> int:

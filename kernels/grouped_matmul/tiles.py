@@ -147,6 +147,8 @@ def choose_config(
         tiles = _INTERPRET
     elif spec.format is not None:
         tiles = _for_format(spec, target)
+        if target.is_tpu and sizes is not None and spec.dtype != "float32":
+            return _summed_at_once(tiles[spec.activation is not None], spec, target, sizes)
     elif spec.dtype == "float32":
         tiles = _FLOAT32_V4 if target.name == "v4" else _FLOAT32[target.platform]
     else:
@@ -165,6 +167,36 @@ def _widened(
     if not gated:
         forward = _reading_least(forward, target, sizes.rows, sizes.n, sizes.k, 1)
     return replace(config, forward=forward, dlhs=_reading_least(dlhs, target, sizes.rows, sizes.k, sizes.n, 1 + gated))
+
+
+def _summed_at_once(
+    config: GroupedMatmulConfig, spec: GroupedMatmulSpec, target: Target, sizes: GroupedMatmulSizes
+) -> GroupedMatmulConfig:
+    """Tiles of quantised matrices with one step a sum, where the VMEM holds it: a group's codes become numbers once."""
+    products = 1 + (spec.activation is not None)
+    columns = 4 * (target.matrix_unit or 128)  # as many products as are scheduled together
+
+    def fitting(tiles: GroupedMatmulTiles, length: int, lefts: int, rights: int) -> tuple[int, int] | None:
+        """Rows and columns of a tile with whole sums."""
+        candidates = [(m, n // products) for m in (tiles.block_m, tiles.block_m // 2) for n in (columns, columns // 2)]
+        fits = (one for one in candidates if _quantized_bytes(*one, length, lefts, rights) <= vmem_budget(target))
+        return next(fits, None)
+
+    forward, dlhs, k, n = config.forward, config.dlhs, _up_to_tiles(sizes.k), _up_to_tiles(sizes.n)
+    if found := fitting(forward, k, 1, products):
+        forward = replace(forward, block_m=found[0], block_n=found[1], block_k=k)
+    if found := fitting(dlhs, n, products, products):
+        dlhs = replace(dlhs, block_m=found[0], block_k=found[1], block_n=n)
+    return replace(config, forward=forward, dlhs=dlhs)
+
+
+def _up_to_tiles(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def _quantized_bytes(m: int, n: int, k: int, lefts: int, rights: int) -> int:
+    """VMEM of a product with codes of 8 bits: blocks twice, as the next is fetched meanwhile, numbers, and sums."""
+    return 4 * lefts * m * k + (2 + 2) * rights * k * n + (4 * (2 * rights - 1) + 4 * rights) * m * n
 
 
 def _reading_least(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 from typing import Any
 
 import jax
@@ -26,12 +27,13 @@ from jax.experimental.pallas import tpu as pltpu
 from ..tiles.errors import UnsupportedError
 from ..tiles.pallas_tiles import LANES, LN_2, LOG2_E, call_params, dot, dot_nt
 from ..tiles.targets import Target
-from .pallas_tiling import Tiling
+from .pallas_tiling import Span, Tiling
 from .spec import MAX_HEAD_DIM, PAGE_SIZES, PagedAttentionInputs, PagedAttentionSpec, no_gradient
 from .tiles import PagedAttentionConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU's compiler multiplies; interpreted, float16 too
 _WIDENED = 8  # keys at a time
+_AT_ONCE = 16  # copies whose addresses are computed together
 
 
 def supports(spec: PagedAttentionSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -81,7 +83,7 @@ def forward(
         k_pages, v_pages = (pages[:, :, 0] for pages in (k_pages, v_pages))
         block = (2, tiling.block_kv)
     out, lse = pl.pallas_call(
-        partial(_kernel, spec=spec, tiling=tiling, has_factors=factors is not None),
+        partial(_kernel, spec=spec, tiling=tiling, has_factors=factors is not None, waits=target.siblings > 0),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(batch, tiles),
@@ -98,6 +100,7 @@ def forward(
                 pltpu.VMEM((*block, head_dim), k_pages.dtype),
                 pltpu.VMEM((*block, v_dim), v_pages.dtype),
                 pltpu.SemaphoreType.DMA((2, 2)),
+                pltpu.SMEM((1,), jnp.int32),
                 pltpu.VMEM((groups, rows, v_dim), jnp.float32),
                 pltpu.VMEM((groups, rows, 1), jnp.float32),
                 pltpu.VMEM((groups, rows, 1), jnp.float32),
@@ -148,31 +151,71 @@ def _kernel(
     spec: PagedAttentionSpec,
     tiling: Tiling,
     has_factors: bool,
+    waits: bool,
 ) -> None:
-    """One tile of queries, of all heads, against the keys of their sequence."""
+    """One tile of queries, of all heads, against the keys of their sequence.
+
+    waits: whether steps may be shared by two cores, of which neither knows the other's next one.
+    """
     factors_ref, others = (others[0], others[1:]) if has_factors else (None, others)  # [groups, rows, 3]
-    k_hbm, v_hbm, out_ref, lse_ref, k_block, v_block, semaphores, acc, peak_ref, total_ref, scores_ref, *heads = others
-    item, tile = pl.program_id(0), pl.program_id(1)
-    length, q_length = lengths_ref[item], q_lengths_ref[item]
-    first_query, offset = tile * tiling.queries, length - q_length
-    span = tiling.span(spec, first_query, length, q_length)
-    block_kv = tiling.block_kv
-    first_block, last_block = lax.div(span.start, block_kv), lax.div(span.end + block_kv - 1, block_kv)
+    (k_hbm, v_hbm, out_ref, lse_ref, k_block, v_block, semaphores, slot_ref), others = others[:8], others[8:]
+    acc, peak_ref, total_ref, scores_ref, *heads = others
+    item, tile, tiles = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    block_kv, number = tiling.block_kv, item * tiles + tile
 
-    def copies(block: Any, slot: Any, act: Any) -> None:
-        """Do something with the copy of each piece of a block that has keys to be seen."""
-        first_key, piece = block * block_kv, tiling.piece
-        start = lax.div(jnp.maximum(span.start - first_key, 0), piece)
-        end = lax.div(jnp.minimum(span.end - first_key, block_kv) + piece - 1, piece)
+    def walk_of(item: Any, tile: Any) -> _Walk:
+        return _Walk.of(spec, tiling, item, tile * tiling.queries, lengths_ref[item], q_lengths_ref[item])
 
-        def one(number: Any, _: None) -> None:
-            key = first_key + number * piece
-            page = table_ref[item * tiling.max_pages + lax.div(key, tiling.page_size)]
-            at, to = pl.ds(lax.rem(key, tiling.page_size), piece), pl.ds(number * piece, piece)
-            act(pltpu.make_async_copy(k_hbm.at[page, at], k_block.at[slot, to], semaphores.at[slot, 0]))
-            act(pltpu.make_async_copy(v_hbm.at[page, at], v_block.at[slot, to], semaphores.at[slot, 1]))
+    walk = walk_of(item, tile)
+    span, q_length, first_query = walk.span, q_lengths_ref[item], tile * tiling.queries
+    offset = lengths_ref[item] - q_length
+    over = tile + 1 == tiles
+    following = walk_of(
+        jnp.where(over, jnp.minimum(item + 1, pl.num_programs(0) - 1), item), jnp.where(over, 0, tile + 1)
+    )
+    is_last = number == pl.num_programs(0) * tiles - 1
 
-        lax.fori_loop(start, end, one, None)
+    def copy(walk: _Walk, block: Any, slot: Any, act: Any, together: bool = False) -> None:
+        """Do something with the copy of each piece of a block that has keys to be seen, or of a whole one together."""
+        all_pieces = block_kv // tiling.piece
+        at_once = gcd(all_pieces, _AT_ONCE)
+
+        def one(number: Any) -> None:
+            page = walk.item * tiling.max_pages + lax.div(block * block_kv, tiling.page_size)
+            if tiling.piece == tiling.page_size:
+                page, at = page + number, pl.ds(0, tiling.piece)
+            else:
+                key = block * block_kv + number * tiling.piece
+                at = pl.ds(lax.rem(key, tiling.page_size), tiling.piece)
+            to = pl.ds(number * tiling.piece, tiling.piece)
+            source = table_ref[page], at
+            for index, (pages, blocks) in enumerate(((k_hbm, k_block), (v_hbm, v_block))):
+                act(pltpu.make_async_copy(pages.at[source], blocks.at[slot, to], semaphores.at[slot, index]))
+
+        def some(number: Any, _: None) -> None:
+            for index in range(at_once):
+                one(number * at_once + index)
+
+        def all_of_them() -> None:
+            if together:
+                for index, blocks in enumerate((k_block, v_block)):
+                    act(pltpu.make_async_copy(blocks.at[1 - slot], blocks.at[slot], semaphores.at[slot, index]))
+            else:
+                lax.fori_loop(0, all_pieces // at_once, some, None)
+
+        start, end = walk.pieces(block, block_kv, tiling.piece)
+        whole = (start == 0) & (end == all_pieces)
+        pl.when(whole)(all_of_them)
+        pl.when(~whole)(lambda: lax.fori_loop(start, end, lambda number, _: one(number), None))
+
+    def start(walk: _Walk, block: Any, slot: Any) -> None:
+        copy(walk, block, slot, lambda piece: piece.start())
+
+    # The first block of a step is copied while the last one of the step before is computed with, in the other slot.
+    alone = waits | (number == 0)
+    first_slot = jnp.where(alone, 0, slot_ref[0])
+    slot_ref[0] = (first_slot + jnp.maximum(walk.end - walk.begin, 0)) & 1
+    starts_following = ~(waits | is_last) & (following.begin < following.end)
 
     def sink_of(group: Any, at: Any) -> jax.Array:
         """[chunk, 1]: what a row has seen before any key."""
@@ -189,9 +232,11 @@ def _kernel(
     tiling.for_each_chunk(begin)
 
     def step(block: Any, _: None) -> None:
-        slot = lax.rem(block - first_block, 2)
-        pl.when(block + 1 < last_block)(lambda: copies(block + 1, 1 - slot, lambda copy: copy.start()))
-        copies(block, slot, lambda copy: copy.wait())
+        slot = (first_slot + block - walk.begin) & 1
+        is_last_block = block + 1 == walk.end
+        pl.when(~is_last_block)(lambda: start(walk, block + 1, 1 - slot))
+        pl.when(is_last_block & starts_following)(lambda: start(following, following.begin, 1 - slot))
+        copy(walk, block, slot, lambda piece: piece.wait(), together=True)
         first_key = block * block_kv
         whole = (first_key >= span.full_start) & (first_key + block_kv <= span.full_end)
         attend = partial(
@@ -202,8 +247,10 @@ def _kernel(
         pl.when(whole)(lambda: attend(None))
         pl.when(~whole)(lambda: attend(bounds))
 
-    pl.when(first_block < last_block)(lambda: copies(first_block, 0, lambda copy: copy.start()))
-    lax.fori_loop(first_block, last_block, step, None)
+    empty = walk.begin >= walk.end
+    pl.when(alone & ~empty)(lambda: start(walk, walk.begin, first_slot))
+    pl.when(empty & starts_following)(lambda: start(following, following.begin, first_slot))
+    lax.fori_loop(walk.begin, walk.end, step, None)
 
     def finish(group: Any, at: Any) -> None:
         # A row past its sequence's queries has seen nothing, whatever was computed for it.
@@ -216,6 +263,27 @@ def _kernel(
         lse_ref[group, at] = jnp.where(total == 0, -jnp.inf, (peak + jnp.log2(divisor)) * LN_2)
 
     tiling.for_each_chunk(finish)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """What a grid step reads: the blocks from `begin` to `end` of an item's keys, of which it sees a span."""
+
+    item: Any
+    span: Span
+    begin: Any
+    end: Any
+
+    @staticmethod
+    def of(spec: PagedAttentionSpec, tiling: Tiling, item: Any, first_query: Any, length: Any, q_length: Any) -> _Walk:
+        span = tiling.span(spec, first_query, length, q_length)
+        end = lax.div(span.end + tiling.block_kv - 1, tiling.block_kv)
+        return _Walk(item, span, lax.div(span.start, tiling.block_kv), end)
+
+    def pieces(self, block: Any, block_kv: int, piece: int) -> tuple[Any, Any]:
+        """From which to which piece a block has keys to be seen."""
+        start = lax.div(jnp.maximum(self.span.start - block * block_kv, 0), piece)
+        return start, lax.div(jnp.minimum(self.span.end - block * block_kv, block_kv) + piece - 1, piece)
 
 
 @dataclass(frozen=True)

@@ -113,5 +113,9 @@ def _for_gpu(spec: PagedAttentionSpec, target: Target) -> PagedAttentionConfig:
 
 
 def _for_tpu(spec: PagedAttentionSpec, target: Target) -> PagedAttentionConfig:
-    """A block of keys is what one round of copies brings; the kernel makes it smaller where VMEM asks for it."""
-    return PagedAttentionConfig(PagedAttentionTiles(128, 512), PagedAttentionTiles(256, 512))
+    """A block of keys is what one round of copies brings; the kernel makes it smaller where VMEM asks for it.
+
+    The more bandwidth, the more of it a block must be for its copies to last as long as what is done between them.
+    """
+    decode = 2048 if target.bandwidth > 1000 else 512  # GB/s
+    return PagedAttentionConfig(PagedAttentionTiles(128, decode), PagedAttentionTiles(256, 512))

@@ -17,7 +17,7 @@ from .formats import E8M0_NAN, FORMATS, HALF
 from .pallas_tiles import LANES, few_registers, in_pieces, write_parts
 from .targets import Target
 
-ROWS = 32  # of bytes, which fill a register's sublanes; codes are turned into numbers so many rows at a time
+ROWS = 32  # of bytes, which fill a register's sublanes: codes are turned into numbers so many rows at least at a time
 
 
 def as_int8(array: jax.Array) -> jax.Array:
@@ -59,8 +59,14 @@ def scale_of(stored: jax.Array, name: str) -> jax.Array:
 
 
 def code_piece(target: Target) -> tuple[int, int]:
-    """Rows and columns that are turned into numbers at a time: with what lies between they fill the registers."""
-    return (64, 512) if target.interpreted else (ROWS, LANES if few_registers(target) else 2 * LANES)
+    """Rows and columns that are turned into numbers at a time.
+
+    Few enough that what lies between fits v4's registers. With more the rows of a piece are scheduled one after the
+    other, and the more there are, the less often the units wait for the next piece to begin.
+    """
+    if target.interpreted:
+        return 64, 512
+    return (ROWS, LANES) if few_registers(target) else (8 * ROWS, 2 * LANES)
 
 
 def chunks(rows: int, name: str, group_size: int) -> Iterator[tuple[int, int, int, bool, int]]:

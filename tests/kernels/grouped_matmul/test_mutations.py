@@ -48,7 +48,7 @@ class Mutation(NamedTuple):
 
 PR, G, F = "tiles/triton_products", "tiles/triton_gate", "tiles/triton_formats"
 S, W, D, T = "triton_schedule", "triton_rows", "triton_drhs", "triton"
-Q, PQ = "triton_quantized", "pallas_quantized"
+Q, PQ, PA, PM = "triton_quantized", "pallas_quantized", "pallas_ahead", "pallas_products"
 V, PW, PD, PP, R = "pallas_schedule", "pallas_rows", "pallas_drhs", "pallas_products", "reference"
 MUTATIONS = (
     Mutation("tiles reach into the next group", S, "tl.minimum(row + block, end)", "tl.minimum(row + block, tokens)"),
@@ -76,11 +76,15 @@ MUTATIONS = (
              "(ends - firsts + block - 1) // block"),
     Mutation("nobody's rows not visited", V, "constant_values=tokens", "constant_values=0"),
     Mutation("an empty group not visited", V, "int(every)", "0"),
-    Mutation("rows of others overwritten", PW, "(row >= first) & (row < end)", "row < end"),
+    Mutation("rows of others overwritten", PM, "finish(rows, cols, (row >= first) & (row < end))",
+             "finish(rows, cols, row < end)"),
+    Mutation("the next group's block into this slot", PA, "next_group, 1 - self.slot_ref[0])",
+             "next_group, self.slot_ref[0])"),
+    Mutation("the next block of this group again", PA, "jnp.where(over, head, following)", "group"),
     Mutation("nobody's rows keep what was there", PW, "jnp.where(owned, total(sums, lows, place, rows, cols), 0)",
              "total(sums, lows, place, rows, cols)"),
     Mutation("k past the end counts", PW, "partial(multiply, tail)", "partial(multiply, left_refs[0].shape[1])"),
-    Mutation("up begins anew", PW, "(step == 0) & (place == index)", "step == 0", "gated"),
+    Mutation("up begins anew", PW, "(step == 0) & (at == index)", "step == 0", "gated"),
     Mutation("dz_gate for both", PW, "if index < lefts:", "if index < 1:", "gated"),
     Mutation("the first matrix for all", PW, "jnp.minimum(group[number], groups - 1)", "0"),
     Mutation("rows of other groups", PD, "jnp.where((row >= first) & (row < end), values, 0)",
@@ -113,9 +117,9 @@ MUTATIONS = (
     Mutation("scale dropped", PQ, "of_block = scales_ref if scales_numbers else None", "of_block = None", "int4"),
     Mutation("zeros dropped", PQ, "None if zeros is None else zeros.astype(jnp.bfloat16)", "None", "zeros"),
     Mutation("scale of the first block of k", PQ, "rows_at if scaled else columns_at", "columns_at", "long int4"),
-    Mutation("numbers of the group before", PQ, "!= group_ref[number])", "!= group_ref[number]) & (visit == 0)",
+    Mutation("numbers of the group before", PA, "(before != self.groups[self.number])", "(before != before)",
              "int4"),
-    Mutation("dlhs of gate alone", PQ, "place = 0 if transposes else index", "place = 0", "zeros"),
+    Mutation("dlhs of gate alone", PQ, "at = 0 if transposes else index", "at = 0", "zeros"),
     Mutation("up's gradient for both", PQ, "if index < len(left_refs):", "if index < 1:", "zeros"),
     Mutation("k past the end counts", PQ, "partial(multiply, tail)", "partial(multiply, block)", "long int4"),
     Mutation("scales of the matrix before", R, "_matrices(spec, lhs, rhs, rhs_up, *scales_and_zeros)",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 import grouped_runs as runs
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -196,6 +197,20 @@ def test_races_and_reads_before_writes(activation):
     with interpreter(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
         check(problem, tiles(8, 32, 16))
     assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("siblings", [0, 1])
+def test_blocks_of_the_next_group_are_there_in_time(siblings):
+    """Of matrices that a step sums whole; cores that share a grid leave none to the other."""
+    target, config = replace(INTERPRET, siblings=siblings), tiles(8, 32, 64)
+    problem = Problem(sizes=(5, 0, 14, 0, 3), tokens=24, k=24, n=64, dtype="bfloat16")
+    arrays = native(problem)
+    inputs = (arrays["lhs"], arrays["rhs"], None, arrays["group_sizes"], *[None] * 4)
+    with interpreter(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=1 + siblings)):
+        out, _ = jax.block_until_ready(kernels.forward(problem.spec, config, target, *inputs))
+    assert not interpret_pallas_call.races.races_found
+    expected, _ = kernels.forward(problem.spec, tiles(8, 32, 8), target, *inputs)
+    np.testing.assert_allclose(out.astype(np.float32), expected.astype(np.float32), rtol=2**-7)
 
 
 def test_tiles_that_a_tpu_cannot_have():

@@ -148,14 +148,16 @@ def test_of_nothing(sizes):
     np.testing.assert_allclose(found["lse"], expected, rtol=1e-6)
 
 
-def test_races_and_reads_before_copies_land():
+@pytest.mark.parametrize("siblings", [0, 1])
+def test_races_and_reads_before_copies_land(siblings):
     """The strict interpreter, which simulates a chip's memories and copies, finds no race, and no NaN comes through."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
     problem = replace(PROBLEMS["chunk"], lengths=(50, 0, 70), group=2, window_left=40)
     config = choose_config(problem.spec, INTERPRET)
     with interpreter(pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)):
-        found = kernels.forward(problem.spec, config, INTERPRET, *to_jax(problem.arrays()))
+        target = replace(INTERPRET, siblings=siblings)
+        found = kernels.forward(problem.spec, config, target, *to_jax(problem.arrays()))
         jax.block_until_ready(found)
         assert not interpret_pallas_call.races.races_found
     hold(problem, dict(zip(("out", "lse"), found, strict=True)))

@@ -29,6 +29,7 @@ CHECKED = {
     "gated": Problem(sizes=(3, 0, 20), tokens=30, k=24, n=20, activation="silu"),
     "long": Problem(sizes=(2, 60), tokens=64, k=17, n=20, activation="silu"),  # a group of several chunks
     "batch": Problem(sizes=(3, 0, 8), tokens=12, k=17, n=20, batch=2, activation="silu"),
+    "whole": Problem(sizes=(3, 0, 20, 5), tokens=30, k=16, n=32),  # a step sums all, of one of two blocks of columns
     "int4": Problem(sizes=(3, 0, 20), tokens=30, k=300, n=20, kind="int4-64"),
     "zeros": Problem(sizes=(3, 0, 20), tokens=30, k=300, n=20, kind="int4-128-zeros", activation="silu"),
     "long int4": Problem(sizes=(3, 0, 20), tokens=30, k=600, n=20, kind="int4-32"),  # more than one block along k
@@ -48,7 +49,7 @@ class Mutation(NamedTuple):
 
 PR, G, F = "tiles/triton_products", "tiles/triton_gate", "tiles/triton_formats"
 S, W, D, T = "triton_schedule", "triton_rows", "triton_drhs", "triton"
-Q, PQ, PA, PM = "triton_quantized", "pallas_quantized", "pallas_ahead", "pallas_products"
+Q, PQ, PA = "triton_quantized", "pallas_quantized", "pallas_ahead"
 V, PW, PD, PP, R = "pallas_schedule", "pallas_rows", "pallas_drhs", "pallas_products", "reference"
 MUTATIONS = (
     Mutation("tiles reach into the next group", S, "tl.minimum(row + block, end)", "tl.minimum(row + block, tokens)"),
@@ -76,11 +77,12 @@ MUTATIONS = (
              "(ends - firsts + block - 1) // block"),
     Mutation("nobody's rows not visited", V, "constant_values=tokens", "constant_values=0"),
     Mutation("an empty group not visited", V, "int(every)", "0"),
-    Mutation("rows of others overwritten", PM, "finish(rows, cols, (row >= first) & (row < end))",
+    Mutation("rows of others overwritten", PP, "finish(rows, cols, (row >= first) & (row < end))",
              "finish(rows, cols, row < end)"),
     Mutation("the next group's block into this slot", PA, "next_group, 1 - self.slot_ref[0])",
-             "next_group, self.slot_ref[0])"),
-    Mutation("the next block of this group again", PA, "jnp.where(over, head, following)", "group"),
+             "next_group, self.slot_ref[0])", "whole"),
+    Mutation("the next block of this group again", PA, "jnp.where(over, head, following)", "group",
+             "whole"),
     Mutation("nobody's rows keep what was there", PW, "jnp.where(owned, total(sums, lows, place, rows, cols), 0)",
              "total(sums, lows, place, rows, cols)"),
     Mutation("k past the end counts", PW, "partial(multiply, tail)", "partial(multiply, left_refs[0].shape[1])"),

@@ -91,7 +91,7 @@ def forward(
     if sinks is not None:
         operands.append(jnp.broadcast_to(sinks[:, :, None, None] * LOG2_E, (1, q_heads, 1, block_q)))
         in_specs.append(pl.BlockSpec((None, None, 1, block_q), lambda b, h, *_: (0, h, 0, 0)))
-    padded = round_up(tokens, unit)
+    padded, out_dtype = round_up(tokens, unit), jnp.dtype(spec.out_dtype)
     out, lse = pl.pallas_call(
         partial(_kernel, tiling=tiling, scores=scores, unit=unit),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -100,9 +100,9 @@ def forward(
             in_specs=in_specs,
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
             scratch_shapes=[
-                pltpu.VMEM((2, v_dim, block_q), spec.out_dtype),
+                pltpu.VMEM((2, v_dim, block_q), out_dtype),
                 pltpu.VMEM((2, 1, block_q), jnp.float32),
-                pltpu.VMEM((v_dim, unit), spec.out_dtype),
+                pltpu.VMEM((v_dim, unit), out_dtype),
                 pltpu.VMEM((1, unit), jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -110,7 +110,7 @@ def forward(
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((1, q_heads, v_dim, padded), spec.out_dtype),
+            jax.ShapeDtypeStruct((1, q_heads, v_dim, padded), out_dtype),
             jax.ShapeDtypeStruct((1, q_heads, 1, padded), jnp.float32),
         ],
         name="attention_forward",

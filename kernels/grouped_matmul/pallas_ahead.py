@@ -122,7 +122,7 @@ class Ahead:
             yield pltpu.make_async_copy(there, block.at[slot, pl.ds(first, size)], self.done.at[index, slot])
 
 
-def can_fetch(block: tuple[int, int], matrix: tuple[int, int], along_rows: bool, steps: int, target: Target) -> bool:
+def can_fetch(block: Sequence[int], matrix: Sequence[int], along_rows: bool, steps: int, target: Target) -> bool:
     """Whether a block is that of the whole sum, and all are whole ones that begin and end with registers."""
     cut, size = (0, matrix[0]) if along_rows else (1, matrix[1])
     whole = size % block[cut] == 0 and block[1 - cut] == matrix[1 - cut]
@@ -147,7 +147,7 @@ def fetch_ahead(
     return ahead.refs
 
 
-def ahead_scratch(block: tuple[int, int], dtype: Any, count: int) -> list[Any]:
+def ahead_scratch(block: Sequence[int], dtype: Any, count: int) -> list[Any]:
     """Scratch: the blocks, the slot, the semaphores."""
     blocks = [pltpu.VMEM((2, *block), dtype) for _ in range(count)]
     return [blocks, pltpu.SMEM((1,), jnp.int32), pltpu.SemaphoreType.DMA((count, 2))]

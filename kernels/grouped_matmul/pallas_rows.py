@@ -157,7 +157,7 @@ def _rows_kernel(
     @pl.when(owned & (first < end))
     def _multiply() -> None:
         parts: list[Any] = []
-        fetched = right_refs
+        fetched: Sequence[Any] = right_refs
         if ahead is not None:
             fetched = fetch_ahead(right_refs, ahead, turned, place, blocks, waits, visit, (begin, block_m))
         for index, right_ref in enumerate(fetched):

@@ -1,8 +1,7 @@
 """Paged attention on TPUs, in Pallas: a block of keys is computed with while the pages of the next are copied.
 
-Pages stay in the chip's memory until their numbers are known: those of a sequence are read from its row of the page
-table, and only the pages that some query sees are copied to VMEM, two blocks deep. All key heads of a page come in one
-copy, since they lie together.
+Pages stay in the chip's memory until their numbers are known, and are copied to VMEM, two blocks deep
+(`pallas_pages.py`).
 
 In VMEM a block is [keys, kv_heads, head_dim], which is also [keys * kv_heads, head_dim]. Few rows (decoding) are
 multiplied with all of that at once, and the products of a query with another head's keys are masked: it costs the
@@ -15,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from math import gcd
 from typing import Any
 
 import jax
@@ -27,13 +25,13 @@ from jax.experimental.pallas import tpu as pltpu
 from ..tiles.errors import UnsupportedError
 from ..tiles.pallas_tiles import LANES, LN_2, LOG2_E, call_params, dot, dot_nt
 from ..tiles.targets import Target
-from .pallas_tiling import Span, Tiling
+from .pallas_pages import Pages, Walk
+from .pallas_tiling import Tiling
 from .spec import MAX_HEAD_DIM, PAGE_SIZES, PagedAttentionInputs, PagedAttentionSpec, no_gradient
 from .tiles import PagedAttentionConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU's compiler multiplies; interpreted, float16 too
 _WIDENED = 8  # keys at a time
-_AT_ONCE = 16  # copies whose addresses are computed together
 
 
 def supports(spec: PagedAttentionSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -163,8 +161,8 @@ def _kernel(
     item, tile, tiles = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     block_kv, number = tiling.block_kv, item * tiles + tile
 
-    def walk_of(item: Any, tile: Any) -> _Walk:
-        return _Walk.of(spec, tiling, item, tile * tiling.queries, lengths_ref[item], q_lengths_ref[item])
+    def walk_of(item: Any, tile: Any) -> Walk:
+        return Walk.of(spec, tiling, item, tile * tiling.queries, lengths_ref[item], q_lengths_ref[item])
 
     walk = walk_of(item, tile)
     span, q_length, first_query = walk.span, q_lengths_ref[item], tile * tiling.queries
@@ -175,41 +173,7 @@ def _kernel(
     )
     is_last = number == pl.num_programs(0) * tiles - 1
 
-    def copy(walk: _Walk, block: Any, slot: Any, act: Any, together: bool = False) -> None:
-        """Do something with the copy of each piece of a block that has keys to be seen, or of a whole one together."""
-        all_pieces = block_kv // tiling.piece
-        at_once = gcd(all_pieces, _AT_ONCE)
-
-        def one(number: Any) -> None:
-            page = walk.item * tiling.max_pages + lax.div(block * block_kv, tiling.page_size)
-            if tiling.piece == tiling.page_size:
-                page, at = page + number, pl.ds(0, tiling.piece)
-            else:
-                key = block * block_kv + number * tiling.piece
-                at = pl.ds(lax.rem(key, tiling.page_size), tiling.piece)
-            to = pl.ds(number * tiling.piece, tiling.piece)
-            source = table_ref[page], at
-            for index, (pages, blocks) in enumerate(((k_hbm, k_block), (v_hbm, v_block))):
-                act(pltpu.make_async_copy(pages.at[source], blocks.at[slot, to], semaphores.at[slot, index]))
-
-        def some(number: Any, _: None) -> None:
-            for index in range(at_once):
-                one(number * at_once + index)
-
-        def all_of_them() -> None:
-            if together:
-                for index, blocks in enumerate((k_block, v_block)):
-                    act(pltpu.make_async_copy(blocks.at[1 - slot], blocks.at[slot], semaphores.at[slot, index]))
-            else:
-                lax.fori_loop(0, all_pieces // at_once, some, None)
-
-        start, end = walk.pieces(block, block_kv, tiling.piece)
-        whole = (start == 0) & (end == all_pieces)
-        pl.when(whole)(all_of_them)
-        pl.when(~whole)(lambda: lax.fori_loop(start, end, lambda number, _: one(number), None))
-
-    def start(walk: _Walk, block: Any, slot: Any) -> None:
-        copy(walk, block, slot, lambda piece: piece.start())
+    pages = Pages(tiling, table_ref, (k_hbm, v_hbm), (k_block, v_block), semaphores)
 
     # The first block of a step is copied while the last one of the step before is computed with, in the other slot.
     alone = waits | (number == 0)
@@ -234,9 +198,9 @@ def _kernel(
     def step(block: Any, _: None) -> None:
         slot = (first_slot + block - walk.begin) & 1
         is_last_block = block + 1 == walk.end
-        pl.when(~is_last_block)(lambda: start(walk, block + 1, 1 - slot))
-        pl.when(is_last_block & starts_following)(lambda: start(following, following.begin, 1 - slot))
-        copy(walk, block, slot, lambda piece: piece.wait(), together=True)
+        pl.when(~is_last_block)(lambda: pages.start(walk, block + 1, 1 - slot))
+        pl.when(is_last_block & starts_following)(lambda: pages.start(following, following.begin, 1 - slot))
+        pages.wait(walk, block, slot)
         first_key = block * block_kv
         whole = (first_key >= span.full_start) & (first_key + block_kv <= span.full_end)
         attend = partial(
@@ -248,8 +212,8 @@ def _kernel(
         pl.when(~whole)(lambda: attend(bounds))
 
     empty = walk.begin >= walk.end
-    pl.when(alone & ~empty)(lambda: start(walk, walk.begin, first_slot))
-    pl.when(empty & starts_following)(lambda: start(following, following.begin, first_slot))
+    pl.when(alone & ~empty)(lambda: pages.start(walk, walk.begin, first_slot))
+    pl.when(empty & starts_following)(lambda: pages.start(following, following.begin, first_slot))
     lax.fori_loop(walk.begin, walk.end, step, None)
 
     def finish(group: Any, at: Any) -> None:
@@ -263,27 +227,6 @@ def _kernel(
         lse_ref[group, at] = jnp.where(total == 0, -jnp.inf, (peak + jnp.log2(divisor)) * LN_2)
 
     tiling.for_each_chunk(finish)
-
-
-@dataclass(frozen=True)
-class _Walk:
-    """What a grid step reads: the blocks from `begin` to `end` of an item's keys, of which it sees a span."""
-
-    item: Any
-    span: Span
-    begin: Any
-    end: Any
-
-    @staticmethod
-    def of(spec: PagedAttentionSpec, tiling: Tiling, item: Any, first_query: Any, length: Any, q_length: Any) -> _Walk:
-        span = tiling.span(spec, first_query, length, q_length)
-        end = lax.div(span.end + tiling.block_kv - 1, tiling.block_kv)
-        return _Walk(item, span, lax.div(span.start, tiling.block_kv), end)
-
-    def pieces(self, block: Any, block_kv: int, piece: int) -> tuple[Any, Any]:
-        """From which to which piece a block has keys to be seen."""
-        start = lax.div(jnp.maximum(self.span.start - block * block_kv, 0), piece)
-        return start, lax.div(jnp.minimum(self.span.end - block * block_kv, block_kv) + piece - 1, piece)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Mutation(NamedTuple):
     problem: str = "all"
 
 
-T, P, C, R = "triton", "pallas", "pallas_tiling", "reference"
+T, P, PP, C, R = "triton", "pallas", "pallas_pages", "pallas_tiling", "reference"
 MUTATIONS = (
     Mutation("aligned top-left", T, "aligned = query + (length - q_length)", "aligned = query"),
     Mutation("q_lengths forgotten in the alignment", T, "query + (length - q_length)", "query + (length - q_len)"),
@@ -70,11 +70,12 @@ MUTATIONS = (
     Mutation("scale in base e", T, "scale * log2(e) if cap", "scale if cap", "decode"),
     Mutation("one key too few", P, "end = jnp.minimum(aligned + 1, end)", "end = jnp.minimum(aligned, end)"),
     Mutation("values past the end read", P, "jnp.where(exist, values, jnp.zeros_like(values))", "values", "decode"),
-    Mutation("the next block into this slot", P, "start(walk, block + 1, 1 - slot)", "start(walk, block + 1, slot)",
-             "decode"),
+    Mutation("the next block into this slot", P, "pages.start(walk, block + 1, 1 - slot)",
+             "pages.start(walk, block + 1, slot)", "decode"),
     Mutation("the first block of this item again", P, "jnp.minimum(item + 1, ", "jnp.minimum(item, ", "decode"),
-    Mutation("the wrong page", P, "page, at = page + number", "page, at = page", "decode"),
-    Mutation("the wrong row of a page", P, "lax.rem(key, tiling.page_size)", "0 * key", "large pages"),
+    Mutation("the wrong page", PP, "page, at = page + number", "page, at = page", "decode"),
+    Mutation("the wrong row of a page", PP, "lax.rem(first_key + number * tiling.piece, tiling.page_size)",
+             "0 * number", "large pages"),
     Mutation("other heads seen", P, "== rows[:, 1:2]", ">= 0 * rows[:, 1:2]", "decode"),
     Mutation("the wrong key head", P, "piece[pl.ds(head,", "piece[pl.ds(0 * head,"),
     Mutation("padding not cleared", P, "jnp.where(real, acc[group, at]", "jnp.where(True, acc[group, at]", "padded"),

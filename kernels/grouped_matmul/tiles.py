@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..tiles.formats import FORMATS
-from ..tiles.targets import Target
+from ..tiles.targets import MIB, Target
 from ..tiles.tpu_blocks import shrunk_block, vmem_budget
 from .spec import GroupedMatmulSpec
 
@@ -147,7 +147,7 @@ def choose_config(
         tiles = _INTERPRET
     elif spec.format is not None:
         tiles = _for_format(spec, target)
-        if target.is_tpu and sizes is not None and spec.dtype != "float32":
+        if target.on_chip_bytes > 16 * MIB and target.is_tpu and sizes is not None and spec.dtype != "float32":
             return _summed_at_once(tiles[spec.activation is not None], spec, target, sizes)
     elif spec.dtype == "float32":
         tiles = _FLOAT32_V4 if target.name == "v4" else _FLOAT32[target.platform]

@@ -56,7 +56,7 @@ def forward(
     of_planes = sum(
         (2 * plane.itemsize if plane.queries else 4) * block_q if plane.keys else 0 for plane in scores.planes
     )
-    tiling, major, stretches = stretched(tiling, kv_len, arrays, target, of_planes)
+    tiling, major, stretches = stretched(tiling, kv_len, arrays, target, of_planes, not sparse and not scores.planes)
 
     def kv_stretch(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
         # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
@@ -70,11 +70,21 @@ def forward(
             else nearest
         )
 
-    def k_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
-        return b, lax.div(h, q_heads // kv_heads), kv_stretch(b, h, i, s, *scalars), 0
+    def keys(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
+        if tiling.follows:  # a position, and else a number of blocks
+            return pl.multiple_of(tiling.sequence(b, scalars).first_tile(i * block_q) * block_kv, block_kv)
+        return kv_stretch(b, h, i, s, *scalars)
 
-    def v_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
-        return b, lax.div(h, q_heads // kv_heads), 0, kv_stretch(b, h, i, s, *scalars)
+    def k_index(b: Any, h: Any, *step: Any) -> tuple[Any, ...]:
+        return b, lax.div(h, q_heads // kv_heads), keys(b, h, *step), 0
+
+    def v_index(b: Any, h: Any, *step: Any) -> tuple[Any, ...]:
+        return b, lax.div(h, q_heads // kv_heads), 0, keys(b, h, *step)
+
+    def of_keys(*sizes: int) -> tuple[Any, ...]:
+        if not tiling.follows:
+            return None, None, *sizes
+        return None, None, *(pl.Element(size, (0, major if size == major else 0)) for size in sizes)
 
     def plane_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
         return b, h, kv_stretch(b, h, i, s, *scalars), i
@@ -82,11 +92,12 @@ def forward(
     def per_query(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, block_q), lambda b, h, i, s, *_: (b, h, 0, i))
 
-    operands = [columns(q, q_padded), rows(k, major * stretches), columns(v, major * stretches)]
+    kv_padded = round_up(kv_len, block_kv) if tiling.follows else major * stretches
+    operands = [columns(q, q_padded), rows(k, kv_padded), columns(v, kv_padded)]
     in_specs = [
         per_query(head_dim),
-        pl.BlockSpec((None, None, major, head_dim), k_index),
-        pl.BlockSpec((None, None, v_dim, major), v_index),
+        pl.BlockSpec(of_keys(major, head_dim), k_index),
+        pl.BlockSpec(of_keys(v_dim, major), v_index),
     ]
     if sinks is not None:
         operands.append(jnp.broadcast_to(sinks[:, :, None, None] * LOG2_E, (batch, q_heads, 1, block_q)))
@@ -127,11 +138,16 @@ def forward(
 
 
 def stretched(
-    tiling: Tiling, kv_size: int, arrays: AttentionInputs, target: Target, of_planes: int = 0
+    tiling: Tiling,
+    kv_size: int,
+    arrays: AttentionInputs,
+    target: Target,
+    of_planes: int = 0,
+    may_follow: bool = False,
 ) -> tuple[Tiling, int, int]:
     """What a tiling becomes where VMEM does not hold all keys at once; how many it holds, and how often.
 
-    of_planes: bytes of the planes for a key.
+    of_planes: bytes of the planes for a key. may_follow: whether it may hold those of a tile's window instead.
     """
     (head_dim, v_dim), item_bytes = (arrays.q.shape[3], arrays.v.shape[3]), arrays.q.dtype.itemsize
     width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
@@ -139,6 +155,9 @@ def stretched(
     key_bytes = 2 * width * item_bytes + of_planes  # the stretch that is computed with, and the next one
     room = stretch_room(tiling.block_q * query_bytes, target)
     major, stretches = stretch(kv_size, tiling.block_kv, key_bytes, room)
+    seen = tiling.most_tiles * tiling.block_kv
+    if stretches > 1 and may_follow and 0 < seen < major:
+        return replace(tiling, follows=True), seen, 1
     if stretches > 1:  # the last tile of a stretch may be any
         tiling = replace(tiling, diagonal=False, left_diagonal=False)
     return tiling, major, stretches
@@ -178,6 +197,7 @@ def kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_valu
     wide = q_ref.shape[0] > (LANES if tiling.rolled else 2 * LANES)
     h, first_tile = pl.program_id(1), pl.program_id(3) * (k_ref.shape[0] // block_kv)
     b, sequence, query = tiling.visit(pl.program_id(0), pl.program_id(2), scalars)
+    first_tile = sequence.first_tile(query) if tiling.follows else first_tile
     cuts_corners = not wide and not scores.changes_weights
     cut = tiling.has_partial_tiles or scores.sparse
     edge = Seen.UP_TO_DIAGONAL if tiling.diagonal and cuts_corners else Seen.MASKED

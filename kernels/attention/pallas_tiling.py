@@ -59,6 +59,7 @@ class Tiling:
         diagonal: whether a window's right edge goes through tiles from corner to corner, and nothing else cuts those.
         left_diagonal: whether its left edge does, too.
         packed: whether grid steps go by visits, each a tile of one of the packed sequences (`pallas_visits.py`).
+        follows: whether the keys in VMEM begin where the window of a tile of queries does.
     """
 
     q_size: int
@@ -77,6 +78,7 @@ class Tiling:
     diagonal: bool
     left_diagonal: bool
     packed: bool
+    follows: bool = False
 
     @staticmethod
     def choose(
@@ -127,6 +129,13 @@ class Tiling:
         window = self.left is not None or self.right is not None
         own_ends = self.has_lengths or self.packed
         return window or own_ends or self.kv_size % self.block_kv != 0 or self.has_partial_queries
+
+    @property
+    def most_tiles(self) -> int:
+        """How many tiles of keys a tile of queries sees at most, 0 where no window bounds them."""
+        if self.left is None or self.right is None:
+            return 0
+        return max(1, -(-(self.block_q - 1 + self.left + self.right + 1) // self.block_kv) + 1)
 
     @property
     def has_partial_queries(self) -> bool:
@@ -248,6 +257,11 @@ class Sequence:
         if tiling.has_lengths or tiling.packed:
             end = jnp.where(query < self.q_len, end, 0)
         return _tiles(begin, whole_begin, whole_end, end, tiling.block_kv)
+
+    def first_tile(self, query: Any) -> Any:
+        """The first of those, one that there is."""
+        tiling = self.tiling
+        return jnp.minimum(self.visible_kv(query)[0], -(-tiling.kv_size // tiling.block_kv) - 1)
 
     def visible_q(self, key: Any) -> tuple[Any, Any, Any, Any]:
         """The same of the tiles of queries, for the tile of keys at `key`."""

@@ -69,8 +69,7 @@ def forward(
 
     tiling = Tiling.choose(spec, config, target, arrays)
     tiles, groups, rows = tiling.tiles, tiling.groups, tiling.rows
-    lengths = jnp.clip(arrays.lengths, 0, max_pages * page_size)
-    q_lengths = jnp.full(batch, q_len, jnp.int32) if arrays.q_lengths is None else jnp.clip(arrays.q_lengths, 0, q_len)
+    scalars = [array for array in (arrays.page_table.reshape(-1), arrays.lengths, arrays.q_lengths) if array is not None]
 
     def per_row(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, groups, rows, width), lambda b, t, *_: (b, t, 0, 0, 0))
@@ -81,9 +80,17 @@ def forward(
         k_pages, v_pages = (pages[:, :, 0] for pages in (k_pages, v_pages))
         block = (2, tiling.block_kv)
     out, lse = pl.pallas_call(
-        partial(_kernel, spec=spec, tiling=tiling, has_factors=factors is not None, waits=target.siblings > 0),
+        partial(
+            _kernel,
+            spec=spec,
+            tiling=tiling,
+            q_len=q_len,
+            has_q_lengths=arrays.q_lengths is not None,
+            has_factors=factors is not None,
+            waits=target.siblings > 0,
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=len(scalars),
             grid=(batch, tiles),
             in_specs=[
                 per_row(head_dim),
@@ -113,9 +120,7 @@ def forward(
         name="paged_attention",
         **call_params(target, ("parallel", "parallel")),
     )(
-        arrays.page_table.reshape(-1),
-        lengths,
-        q_lengths,
+        *scalars,
         tiling.pack(q),
         tiling.row_numbers,
         tiling.column_heads,
@@ -139,15 +144,13 @@ def backward(*arguments: Any) -> Any:
 
 
 def _kernel(
-    table_ref: Any,  # [batch * max_pages], in SMEM, as are the lengths
+    table_ref: Any,  # [batch * max_pages], in SMEM, as are the lengths, [batch]
     lengths_ref: Any,
-    q_lengths_ref: Any,
-    q_ref: Any,  # [groups, rows, head_dim]
-    rows_ref: Any,  # [rows, 2]: the query, from the tile's first, and the key head of each row
-    columns_ref: Any,  # [1, columns]: the key head of each column of scores
     *others: Any,
     spec: PagedAttentionSpec,
     tiling: Tiling,
+    q_len: int,
+    has_q_lengths: bool,
     has_factors: bool,
     waits: bool,
 ) -> None:
@@ -155,18 +158,26 @@ def _kernel(
 
     waits: whether steps may be shared by two cores, of which neither knows the other's next one.
     """
+    q_lengths_ref, others = (others[0], others[1:]) if has_q_lengths else (None, others)
+    # [groups, rows, head_dim]; [rows, 2], the query, from the tile's first, and the key head of each row; [1, columns],
+    # the key head of each column of scores.
+    (q_ref, rows_ref, columns_ref), others = others[:3], others[3:]
     factors_ref, others = (others[0], others[1:]) if has_factors else (None, others)  # [groups, rows, 3]
     (k_hbm, v_hbm, out_ref, lse_ref, k_block, v_block, semaphores, slot_ref), others = others[:8], others[8:]
     acc, peak_ref, total_ref, scores_ref, *heads = others
     item, tile, tiles = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
     block_kv, number = tiling.block_kv, item * tiles + tile
 
-    def walk_of(item: Any, tile: Any) -> Walk:
-        return Walk.of(spec, tiling, item, tile * tiling.queries, lengths_ref[item], q_lengths_ref[item])
+    def lengths(item: Any) -> tuple[Any, Any]:
+        """Of an item's keys and queries."""
+        keys = jnp.clip(lengths_ref[item], 0, tiling.max_pages * tiling.page_size)
+        return keys, q_len if q_lengths_ref is None else jnp.clip(q_lengths_ref[item], 0, q_len)
 
-    walk = walk_of(item, tile)
-    span, q_length, first_query = walk.span, q_lengths_ref[item], tile * tiling.queries
-    offset = lengths_ref[item] - q_length
+    def walk_of(item: Any, tile: Any) -> Walk:
+        return Walk.of(spec, tiling, item, tile * tiling.queries, *lengths(item))
+
+    walk, (length, q_length) = walk_of(item, tile), lengths(item)
+    span, first_query, offset = walk.span, tile * tiling.queries, length - q_length
     over = tile + 1 == tiles
     following = walk_of(
         jnp.where(over, jnp.minimum(item + 1, pl.num_programs(0) - 1), item), jnp.where(over, 0, tile + 1)

@@ -69,7 +69,8 @@ def forward(
 
     tiling = Tiling.choose(spec, config, target, arrays)
     tiles, groups, rows = tiling.tiles, tiling.groups, tiling.rows
-    scalars = [array for array in (arrays.page_table.reshape(-1), arrays.lengths, arrays.q_lengths) if array is not None]
+    given = arrays.page_table.reshape(-1), arrays.lengths, arrays.q_lengths
+    scalars = [array for array in given if array is not None]
 
     def per_row(width: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, groups, rows, width), lambda b, t, *_: (b, t, 0, 0, 0))

@@ -29,7 +29,7 @@ from .pallas_backward import backward as backward_of_qkv
 from .pallas_decode import can_decode
 from .pallas_decode import forward as forward_of_few
 from .pallas_forward import forward as forward_of_batch
-from .pallas_packed import packed_rows, packings, spread_inputs, spread_rows
+from .pallas_packed import longest, packed_rows, packings, spread_inputs, spread_rows
 from .pallas_planes import exact_delta
 from .pallas_planes import gradient as gradient_of_plane
 from .pallas_tiling import Tiling
@@ -73,14 +73,9 @@ def completed(spec: AttentionSpec, config: AttentionConfig, target: Target, inpu
     arrays = AttentionInputs(*inputs)
     if spec.mask is None or _is_empty(arrays):
         return arrays
-    bounds = spec.max_seqlen_q, spec.max_seqlen_k
-    counts = arrays.q.shape[1], arrays.k.shape[1]
-    q_size, kv_size = (
-        count if bound is None else min(count, bound) for count, bound in zip(counts, bounds, strict=True)
-    )
-    blocks = {}
+    blocks, sizes = {}, longest(spec, arrays)
     for name, tiles in (("forward_runs", config.forward), ("dkv_runs", config.dkv)):
-        tiling = Tiling.choose(spec, tiles, target, (q_size, kv_size), False)
+        tiling = Tiling.choose(spec, tiles, target, sizes, False)
         blocks[name] = tiling.block_q, tiling.block_kv
     found = with_runs(spec, arrays, blocks)
     lists = {name: getattr(found, name) for name in blocks}

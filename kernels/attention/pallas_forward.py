@@ -59,16 +59,10 @@ def forward(
     tiling, major, stretches = stretched(tiling, kv_len, arrays, target, of_planes, not sparse and not scores.planes)
 
     def kv_stretch(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
-        # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
         begin, _, _, end = tiling.sequence(b, scalars).visible_kv(i * block_q)
         if sparse:
             begin, end = tiling.runs(b, h, i, scalars).hull(begin, end)
-        nearest = jnp.minimum(s, lax.div((jnp.maximum(end, 1) - 1) * block_kv, major))
-        return (
-            jnp.maximum(nearest, lax.div(jnp.minimum(begin, end) * block_kv, major))
-            if sparse or tiling.left is not None
-            else nearest
-        )
+        return tiling.nearest_stretch(s, begin, end, major)
 
     def keys(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> Any:
         if tiling.follows:  # a position, and else a number of blocks
@@ -81,23 +75,23 @@ def forward(
     def v_index(b: Any, h: Any, *step: Any) -> tuple[Any, ...]:
         return b, lax.div(h, q_heads // kv_heads), 0, keys(b, h, *step)
 
-    def of_keys(*sizes: int) -> tuple[Any, ...]:
-        if not tiling.follows:
-            return None, None, *sizes
-        return None, None, *(pl.Element(size, (0, major if size == major else 0)) for size in sizes)
-
     def plane_index(b: Any, h: Any, i: Any, s: Any, *scalars: Any) -> tuple[Any, ...]:
         return b, h, kv_stretch(b, h, i, s, *scalars), i
 
     def per_query(size: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, size, block_q), lambda b, h, i, s, *_: (b, h, 0, i))
 
-    kv_padded = round_up(kv_len, block_kv) if tiling.follows else major * stretches
+    kv_padded = major * stretches
+    walked: Any = major
+    across: tuple[Any, Any] = head_dim, v_dim
+    if tiling.follows:  # from any tile on; what is past the last one is not read
+        kv_padded, walked = round_up(kv_len, block_kv), pl.Element(major, (0, major))
+        across = pl.Element(head_dim), pl.Element(v_dim)
     operands = [columns(q, q_padded), rows(k, kv_padded), columns(v, kv_padded)]
     in_specs = [
         per_query(head_dim),
-        pl.BlockSpec(of_keys(major, head_dim), k_index),
-        pl.BlockSpec(of_keys(v_dim, major), v_index),
+        pl.BlockSpec((None, None, walked, across[0]), k_index),
+        pl.BlockSpec((None, None, across[1], walked), v_index),
     ]
     if sinks is not None:
         operands.append(jnp.broadcast_to(sinks[:, :, None, None] * LOG2_E, (batch, q_heads, 1, block_q)))

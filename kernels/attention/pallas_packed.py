@@ -60,11 +60,20 @@ def packings(spec: AttentionSpec, arrays: AttentionInputs) -> tuple[Packing, Pac
     """Of the queries and of the keys."""
     tokens = arrays.q.shape[1], arrays.k.shape[1]
     starts = arrays.cu_seqlens_q, arrays.cu_seqlens_k
-    bounds = spec.max_seqlen_q, spec.max_seqlen_k
     return tuple(
-        Packing(start.astype(jnp.int32), count, count if bound is None else min(bound, count))
-        for start, count, bound in zip(starts, tokens, bounds, strict=True)
+        Packing(start.astype(jnp.int32), count, size)
+        for start, count, size in zip(starts, tokens, longest(spec, arrays), strict=True)
     )  # type: ignore[return-value]
+
+
+def longest(spec: AttentionSpec, arrays: AttentionInputs) -> tuple[int, int]:
+    """How many queries, and how many keys, a sequence has at most; those of the arrays where nothing is packed."""
+    q_count, kv_count = arrays.q.shape[1], arrays.k.shape[1]
+    q_bound, kv_bound = spec.max_seqlen_q, spec.max_seqlen_k
+    return (
+        q_count if q_bound is None else min(q_bound, q_count),
+        kv_count if kv_bound is None else min(kv_bound, kv_count),
+    )
 
 
 def spread_inputs(arrays: AttentionInputs, queries: Packing, keys: Packing) -> AttentionInputs:

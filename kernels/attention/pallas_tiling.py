@@ -146,6 +146,16 @@ class Tiling:
         """How many arrays of scalars are fetched before the grid runs: lengths or visits, a list of runs, a seed."""
         return self.has_lengths + self.packed + self.has_runs + self.drops
 
+    def nearest_stretch(self, stretch: Any, begin: Any, end: Any, major: int) -> Any:
+        """The stretch of `major` keys to hold at a step, of those that hold the tiles from `begin` to `end`.
+
+        One that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
+        """
+        nearest = jnp.minimum(stretch, lax.div((jnp.maximum(end, 1) - 1) * self.block_kv, major))
+        if self.left is None and not self.has_runs:
+            return nearest
+        return jnp.maximum(nearest, lax.div(jnp.minimum(begin, end) * self.block_kv, major))
+
     def seed(self, scalars: tuple[Any, ...]) -> Any:
         """The reference to the seed, None where nothing is dropped."""
         return scalars[self.has_lengths + self.has_runs] if self.drops else None
@@ -160,7 +170,7 @@ class Tiling:
         """Of a grid step of the forward: the batch item, or packed sequence, and the first query of its tile."""
         if not self.packed:
             return b, self.sequence(b, scalars), tile * self.block_q
-        visit = Visit(*(scalars[0][row, tile] for row in range(len(Visit._fields))))
+        visit = Visit.read(scalars[0], tile)
         return visit.number, Sequence(self, visit.q_end, visit.kv_end, visit.q_first, visit.kv_first), visit.query
 
     def runs(self, b: Any, h: Any, tile: Any, scalars: tuple[Any, ...]) -> RunsOfTile:
@@ -188,6 +198,11 @@ class Visit(NamedTuple):
     kv_first: Any
     kv_end: Any
     query: Any
+
+    @staticmethod
+    def read(visits: Any, number: Any) -> Visit:
+        """One of those in scalar memory, [fields, visits]."""
+        return Visit(*(visits[field, number] for field in range(len(Visit._fields))))
 
 
 class RunsOfTile(NamedTuple):

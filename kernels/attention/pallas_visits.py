@@ -23,6 +23,7 @@ from ..tiles.expressions import planes
 from ..tiles.pallas_tiles import LANES, LOG2_E, call_params, columns, round_up, rows
 from ..tiles.targets import Target
 from .pallas_forward import kernel, stretched, sums
+from .pallas_packed import longest
 from .pallas_scores import Scores
 from .pallas_tiling import Tiling, Visit
 from .spec import AttentionInputs, AttentionSpec
@@ -33,10 +34,16 @@ _MOST_VISITS = 1 << 13  # of which the scalars take a quarter of the memory that
 
 def can_visit(spec: AttentionSpec, config: AttentionConfig, arrays: AttentionInputs) -> bool:
     """Whether a packed call has many queries, and nothing that is addressed by a sequence's own positions."""
-    group = arrays.q.shape[2] // arrays.k.shape[2]
-    few = is_few(min(spec.max_seqlen_q or arrays.q.shape[1], arrays.q.shape[1]), group)
+    sizes, group = longest(spec, arrays), arrays.q.shape[2] // arrays.k.shape[2]
     read = [*planes(spec.score), *planes(spec.mask), *planes(spec.weight)]
-    if few or read or spec.dropout or spec.is_float8 or arrays.forward_runs is not None:
+    if (
+        0 in sizes
+        or is_few(sizes[0], group)
+        or read
+        or spec.dropout
+        or spec.is_float8
+        or arrays.forward_runs is not None
+    ):
         return False
     block_q = _fitting(spec, config, arrays).block_q
     return _count(arrays.q.shape[1], arrays.cu_seqlens_q.shape[0], block_q, LANES) <= _MOST_VISITS
@@ -48,7 +55,7 @@ def forward(
     """out `[1, tokens, q_heads, v_dim]` and lse `[1, q_heads, tokens]`, 0 and -inf for tokens that no sequence has."""
     q, k, v, sinks = arrays.q, arrays.k, arrays.v, arrays.sinks
     (_, tokens, q_heads, head_dim), (_, kv_tokens, kv_heads, v_dim) = q.shape, v.shape
-    sizes = min(spec.max_seqlen_q or tokens, tokens), min(spec.max_seqlen_k or kv_tokens, kv_tokens)
+    sizes = longest(spec, arrays)
     tiling = Tiling.choose(spec, _fitting(spec, config, arrays), target, sizes, False, packed=True)
     unit = gcd(LANES, tiling.block_q, tiling.block_kv)
     tiling, major, stretches = stretched(tiling, sizes[1] + unit - 1, arrays, target)
@@ -56,20 +63,16 @@ def forward(
     visits, number = _visits(arrays, block_q, unit)
 
     def q_index(b: Any, h: Any, i: Any, s: Any, visits: Any) -> tuple[Any, ...]:
-        visit = Visit(*(visits[row, i] for row in range(len(Visit._fields))))
+        visit = Visit.read(visits, i)
         return 0, h, 0, pl.multiple_of(visit.q_token + visit.query, unit)
 
     def kv_first(i: Any, s: Any, visits: Any) -> Any:
-        token = visits[Visit._fields.index("kv_token"), i]
+        token = Visit.read(visits, i).kv_token
         if stretches == 1:
             return pl.multiple_of(token, unit)
-        # A stretch that no query of the tile sees repeats the nearest visible one: nothing is fetched for it.
         _, sequence, query = tiling.visit(0, i, (visits,))
         begin, _, _, end = sequence.visible_kv(query)
-        at = jnp.minimum(s, lax.div((jnp.maximum(end, 1) - 1) * tiling.block_kv, major))
-        if tiling.left is not None:
-            at = jnp.maximum(at, lax.div(jnp.minimum(begin, end) * tiling.block_kv, major))
-        return pl.multiple_of(token + at * major, unit)
+        return pl.multiple_of(token + tiling.nearest_stretch(s, begin, end, major) * major, unit)
 
     def k_index(b: Any, h: Any, i: Any, s: Any, visits: Any) -> tuple[Any, ...]:
         return 0, lax.div(h, q_heads // kv_heads), kv_first(i, s, visits), 0
@@ -172,7 +175,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, unit: int) -> None:
     own_tiles = tuple(tile.at[slot] for tile in tiles)  # [v_dim, block_q], [1, block_q]
     has_sinks = len(inputs) == 5
     kernel(*inputs, *own_tiles, *refs[6:], tiling=tiling, scores=scores, has_sinks=has_sinks, has_value_scales=False)
-    visit = Visit(*(visits_ref[row, i] for row in range(len(Visit._fields))))
+    visit = Visit.read(visits_ref, i)
     most = tiling.block_q // unit
     count = jnp.minimum(lax.div(visit.q_end - visit.query + unit - 1, unit), most)
     last = i == pl.num_programs(2) - 1

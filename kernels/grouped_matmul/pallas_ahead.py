@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..tiles.pallas_tiles import LANES
 from ..tiles.targets import Target
 
 _SHARES = 8  # of a block, at most: one is copied at a time
@@ -42,6 +43,18 @@ class GroupVisit(NamedTuple):
         before = self.groups[self.number - jnp.minimum(self.index, 1)]
         return (self.index == 0) | (before != self.groups[self.number])
 
+    @property
+    def group(self) -> Any:
+        return self.groups[self.number]
+
+    @property
+    def first(self) -> Any:
+        return self.firsts[self.number]
+
+    @property
+    def end(self) -> Any:
+        return self.ends[self.number]
+
 
 @dataclass(frozen=True)
 class Ahead:
@@ -67,13 +80,13 @@ class Ahead:
     count: int
     waits: bool
 
-    def fetch(self, visit: GroupVisit, block: tuple[Any, int]) -> None:
-        """Await the block of the visit's group, and copy a share of the next one's.
+    def fetch(self, visit: GroupVisit, block: tuple[Any, int]) -> list[Any]:
+        """The blocks of the visit's group, awaited, while a share of the next one's is copied.
 
         After the last group the first of the next block of columns comes. block: of the visit's rows, the first one
         and how many there are.
         """
-        column, group = self.place[1], visit.groups[visit.number]
+        column, group = self.place[1], visit.group
         head = visit.groups[visit.start]
         alone = visit.fresh & (visit.index == 0) & ((column == 0) | self.waits)
 
@@ -87,7 +100,7 @@ class Ahead:
         following = visit.followings[visit.number]
         over = following < 0
         next_column, next_group = jnp.where(over, column + 1, column), jnp.where(over, head, following)
-        first, end = visit.firsts[visit.number], visit.ends[visit.number]
+        first, end = visit.first, visit.end
         before, after = jnp.maximum(block[0] - first, 0), jnp.minimum(block[0] + block[1], end) - first
         begin, until = (lax.div(self.shares * rows, jnp.maximum(end - first, 1)) for rows in (before, after))
 
@@ -95,9 +108,6 @@ class Ahead:
         def _next() -> None:
             self._each(begin, until, lambda copy: copy.start(), next_column, next_group, 1 - self.slot_ref[0])
 
-    @property
-    def refs(self) -> list[Any]:
-        """The blocks of this group."""
         return [block.at[self.slot_ref[0]] for block in self.blocks]
 
     @property
@@ -126,25 +136,8 @@ def can_fetch(block: Sequence[int], matrix: Sequence[int], along_rows: bool, ste
     """Whether a block is that of the whole sum, and all are whole ones that begin and end with registers."""
     cut, size = (0, matrix[0]) if along_rows else (1, matrix[1])
     whole = size % block[cut] == 0 and block[1 - cut] == matrix[1 - cut]
-    aligned = target.interpreted or (block[0] % _ROWS == 0 and block[1] % 128 == 0)
+    aligned = target.interpreted or (block[0] % _ROWS == 0 and block[1] % LANES == 0)
     return steps == 1 and whole and aligned
-
-
-def fetch_ahead(
-    matrices: Sequence[Any],
-    scratch: Sequence[Any],
-    along_rows: bool,
-    place: tuple[Any, Any],
-    count: int,
-    waits: bool,
-    visit: GroupVisit,
-    block: tuple[Any, int],
-) -> list[Any]:
-    """The blocks of the visit's group, [rows, columns] in VMEM; arguments as `Ahead` has them, and its `fetch`."""
-    blocks, slot_ref, done = scratch
-    ahead = Ahead(matrices, blocks, slot_ref, done, along_rows, place, count, waits)
-    ahead.fetch(visit, block)
-    return ahead.refs
 
 
 def ahead_scratch(block: Sequence[int], dtype: Any, count: int) -> list[Any]:

@@ -11,6 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from ..tiles.pallas_activations import activate
 from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, PRODUCTS_AT_ONCE, contract, in_chunks, in_pieces
 
 # How much of k one product takes, by the columns of a matrix unit: each product begins and ends with units that wait.
@@ -105,6 +106,29 @@ def finish_rows_of_group(
 
     pl.when(whole)(lambda: in_pieces(shape, piece, lambda rows, cols: finish(rows, cols, None)))
     pl.when(~whole)(part)
+
+
+def store_piece(
+    out_ref: Any,
+    kept_ref: Any | None,
+    at: tuple[Any, Any],
+    found: list[jax.Array],
+    activation: str | None,
+    seen: jax.Array | None,
+) -> None:
+    """Write the rows that are seen, None for all, of a piece of the result, gated if there is an activation.
+
+    Where products are kept, both are written beside it.
+    """
+
+    def put(ref: Any, value: jax.Array) -> None:
+        kept = value if seen is None else jnp.where(seen, value, ref[...].astype(jnp.float32))
+        ref[...] = kept.astype(ref.dtype)
+
+    put(out_ref.at[at], found[0] if activation is None else activate(activation, found[0]) * found[1])
+    if kept_ref is not None:
+        for half in (0, 1):
+            put(kept_ref.at[half, *at], found[half])
 
 
 def _even(size: int, most: int) -> int:

@@ -18,7 +18,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.formats import FORMATS, HALF
-from ..tiles.pallas_activations import activate
 from ..tiles.pallas_formats import as_int8, code_piece, dequantise
 from ..tiles.pallas_tiles import (
     LANES,
@@ -31,8 +30,8 @@ from ..tiles.pallas_tiles import (
     whole_or_fit,
 )
 from ..tiles.targets import Target
-from .pallas_ahead import GroupVisit, ahead_scratch, can_fetch, fetch_ahead
-from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, total
+from .pallas_ahead import Ahead, GroupVisit, ahead_scratch, can_fetch
+from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, store_piece, total
 from .pallas_schedule import Visits, fit_rows
 from .spec import GroupedMatmulSpec
 from .tiles import GroupedMatmulTiles
@@ -193,8 +192,7 @@ def _kernel(
     place, step = (pl.program_id(0), pl.program_id(1)), pl.program_id(3)
     visit = GroupVisit(group_ref, first_ref, end_ref, following_ref, place[0] * visits, pl.program_id(2))
     number, fresh = visit.number, visit.fresh
-    owned = group_ref[number] < groups
-    first, end = first_ref[number], end_ref[number]
+    owned, first, end = visit.group < groups, visit.first, visit.end
     block_m, block = out_ref.shape[0], left_refs[0].shape[1]
     begin = tile_ref[number] * block_m
     of_group = partial(in_rows_of_group, (begin, block_m), (first, end), shared_rows)
@@ -209,7 +207,9 @@ def _kernel(
     def _multiply() -> None:
         codes = [values_ref for values_ref, _, _ in matrix_refs]
         if ahead is not None:
-            codes = fetch_ahead(codes, ahead, transposes, place, blocks, waits, visit, (begin, block_m))
+            held, slot_ref, done = ahead
+            copies = Ahead(codes, held, slot_ref, done, transposes, place, blocks, waits)
+            codes = copies.fetch(visit, (begin, block_m))
         to_numbers = partial(write_numbers, codes)
         if steps == 1:
             pl.when(fresh)(to_numbers)
@@ -239,16 +239,7 @@ def _kernel(
             if not scales_numbers:
                 product = product * matrix_refs[place][1][:, cols].astype(jnp.float32)
             found.append(jnp.where(owned, product, 0))
-
-        def put(ref: Any, value: jax.Array) -> None:
-            kept = value if seen is None else jnp.where(seen, value, ref[...].astype(jnp.float32))
-            ref[...] = kept.astype(ref.dtype)
-
-        gated = activation is not None and not transposes
-        put(out_ref.at[rows, cols], activate(activation, found[0]) * found[1] if gated else found[0])
-        if kept_ref is not None:
-            for half in (0, 1):
-                put(kept_ref.at[half, rows, cols], found[half])
+        store_piece(out_ref, kept_ref, (rows, cols), found, None if transposes else activation, seen)
 
     pl.when((step == steps - 1) & (first < end))(
         lambda: finish_rows_of_group(out_ref.shape, begin, (first, end), piece, finish)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_activations import activate
 from ..tiles.pallas_tiles import (
     LANES,
     call_params,
@@ -21,8 +20,8 @@ from ..tiles.pallas_tiles import (
     whole_or_fit,
 )
 from ..tiles.targets import Target
-from .pallas_ahead import GroupVisit, ahead_scratch, can_fetch, fetch_ahead
-from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, scratch, total
+from .pallas_ahead import Ahead, GroupVisit, ahead_scratch, can_fetch
+from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, scratch, store_piece, total
 from .pallas_schedule import Visits, fit_rows
 from .tiles import GroupedMatmulTiles
 
@@ -148,8 +147,7 @@ def _rows_kernel(
     place, step = (pl.program_id(0), pl.program_id(1)), pl.program_id(3)
     visit = GroupVisit(group_ref, first_ref, end_ref, following_ref, place[0] * visits, pl.program_id(2))
     number = visit.number
-    owned = group_ref[number] < groups
-    first, end = first_ref[number], end_ref[number]
+    owned, first, end = visit.group < groups, visit.first, visit.end
     block_m = out_ref.shape[0]
     begin = tile_ref[number] * block_m
     of_group = partial(in_rows_of_group, (begin, block_m), (first, end), shared_rows)
@@ -159,7 +157,9 @@ def _rows_kernel(
         parts: list[Any] = []
         fetched: Sequence[Any] = right_refs
         if ahead is not None:
-            fetched = fetch_ahead(right_refs, ahead, turned, place, blocks, waits, visit, (begin, block_m))
+            held, slot_ref, done = ahead
+            copies = Ahead(right_refs, held, slot_ref, done, turned, place, blocks, waits)
+            fetched = copies.fetch(visit, (begin, block_m))
         for index, right_ref in enumerate(fetched):
             if index < lefts:
                 left_ref = left_refs[index]
@@ -178,15 +178,7 @@ def _rows_kernel(
 
     def finish(rows: Any, cols: Any, seen: jax.Array | None) -> None:
         found = [jnp.where(owned, total(sums, lows, place, rows, cols), 0) for place in range(len(sums))]
-
-        def put(ref: Any, value: jax.Array) -> None:
-            kept = value if seen is None else jnp.where(seen, value, ref[...].astype(jnp.float32))
-            ref[...] = kept.astype(ref.dtype)
-
-        put(out_ref.at[rows, cols], found[0] if activation is None else activate(activation, found[0]) * found[1])
-        if kept_ref is not None:
-            for half in (0, 1):
-                put(kept_ref.at[half, rows, cols], found[half])
+        store_piece(out_ref, kept_ref, (rows, cols), found, activation, seen)
 
     pl.when((step == steps - 1) & (first < end))(
         lambda: finish_rows_of_group(out_ref.shape, begin, (first, end), piece, finish)

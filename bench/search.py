@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as once
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, combinations
 from math import inf
 from pathlib import Path
 
@@ -131,8 +132,9 @@ def descend(
 
     A ladder has the values that a field may take, in order; a field without one stays as it is in `start`. A step
     moves one field to the next value up or down, and on in that direction while it gains. Where a larger value was
-    refused, there may be room for it if another field of the same part takes less: such trades are tried last. After
-    `seconds` no new trial begins: the results so far are returned, and with a cache the next call goes on from there.
+    refused, there may be room for it if another field of the same part takes less: such trades are tried last, and so
+    are two blocks of a part that grow or shrink together, as square tiles do. After `seconds` no new trial begins: the
+    results so far are returned, and with a cache the next call goes on from there.
     """
     walk = _Walk(_Trials(evaluate, cache, allowed), start, inf if seconds is None else time.monotonic() + seconds)
     improved = True
@@ -148,7 +150,7 @@ def descend(
                 if moved:  # the other direction is where it came from
                     break
         if not improved:
-            improved = any(walk.try_(trade) for trade in _trades(walk, ladders))
+            improved = any(walk.try_(change) for change in chain(_trades(walk, ladders), _together(walk, ladders)))
     return walk.trials.sorted()
 
 
@@ -184,6 +186,17 @@ def _trades(walk: _Walk, ladders: Mapping[str, Sequence[int]]) -> Iterator[Tiles
             down = _next(steps, at[other], -1)
             if other != field and down is not None and field.rpartition(".")[0] == other.rpartition(".")[0]:
                 yield {field: up, other: down}
+
+
+def _together(walk: _Walk, ladders: Mapping[str, Sequence[int]]) -> Iterator[Tiles]:
+    """Two blocks of one part, both up or both down."""
+    at = walk.best.tiles
+    for towards in (1, -1):
+        for one, other in combinations(ladders, 2):
+            steps = {field: _next(ladders[field], at[field], towards) for field in (one, other)}
+            blocks = all(field.rpartition(".")[2].startswith("block_") for field in steps)
+            if blocks and one.rpartition(".")[0] == other.rpartition(".")[0] and None not in steps.values():
+                yield {field: step for field, step in steps.items() if step is not None}
 
 
 def _next(ladder: Sequence[int], value: int, towards: int) -> int | None:

@@ -5,9 +5,10 @@ forward, which keeps a running peak and sum of exponentials (Milakov & Gimelshei
 of the vocabulary for dweight. The backward kernels compute the tiles of logits again, and sum in float32 in VMEM:
 nothing but the results leaves it.
 
-Tiles of logits lie as [vocab, tokens], so that what belongs to a token is a row along the lanes. A tile is gone through
-a few columns at a time: as many as the matrix unit holds, or as fill the vector registers. Blocks that stick out of an
-array hold garbage there; sums along such a dimension read no further than its end.
+Tiles of logits lie as [vocab, tokens], so that what belongs to a token is a row along the lanes. Of 16-bit types a tile
+is never whole: two strips of its columns take turns, of which one is summed by the matrix unit while the vector units
+work through the other (`pallas_tiling.py`). Blocks that stick out of an array hold garbage there; sums along such a
+dimension read no further than its end.
 """
 
 from __future__ import annotations
@@ -21,21 +22,30 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, call_params, contract, fit_block, in_chunks, write_parts
+from ..tiles.pallas_tiles import (
+    LANES,
+    SUBLANES,
+    call_params,
+    contract,
+    fit_block,
+    fold,
+    in_chunks,
+    in_pieces,
+    write_parts,
+)
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
 from ..tiles.tpu_blocks import vmem_budget
 from .pallas_tiling import (
-    FEATURES_AT_ONCE,
+    Walk,
     add_products,
     cap,
-    columns_at_once,
-    fold,
     multiply,
     over_rows,
     parts_of,
-    piece_of,
-    turn,
+    rows_of_strip,
+    walk_of,
+    walk_strips,
     whole_and_last,
 )
 from .spec import IGNORED, LinearCrossEntropySpec
@@ -73,10 +83,10 @@ def forward(
     block_t = fit_block("block_tokens", config.forward.block_tokens, tokens, target)
     block_v = fit_block("block_vocab", config.forward.block_vocab, vocab, target)
     per_token = pl.BlockSpec((None, 1, block_t), lambda b, i, j: (b, 0, i))
+    walk = walk_of(target)
+    per_sublane = pltpu.VMEM((SUBLANES, block_t), jnp.float32)
     lse, target_logit, logit_sum = pl.pallas_call(
-        partial(
-            _forward_kernel, softcap=spec.softcap, vocab=vocab, columns=columns_at_once(target), piece=piece_of(target)
-        ),
+        partial(_forward_kernel, softcap=spec.softcap, vocab=vocab, block_v=block_v, walk=walk),
         grid=(batch, pl.cdiv(tokens, block_t), pl.cdiv(vocab, block_v)),
         in_specs=[
             pl.BlockSpec((None, block_t, features), lambda b, i, j: (b, i, 0)),
@@ -86,9 +96,11 @@ def forward(
         out_specs=[per_token, per_token, per_token if spec.sums else None],
         out_shape=[row, row, row if spec.sums else None],
         scratch_shapes={
-            **_scratch(spec, block_t, block_v),
-            "peak_ref": pltpu.VMEM((1, block_t), jnp.float32),
-            "total_ref": pltpu.VMEM((1, block_t), jnp.float32),
+            **_logits_scratch(spec, walk, block_t, block_v),
+            "peak_ref": per_sublane,
+            "total_ref": per_sublane,
+            "at_target_ref": per_sublane,
+            **({"sum_ref": per_sublane} if spec.sums else {}),
         },
         name="linear_cross_entropy_forward",
         **call_params(target, ("parallel", "parallel", "arbitrary")),
@@ -139,11 +151,12 @@ def _gradient(
     tokens_spec = pl.BlockSpec((None, block_t, features), lambda *at: (index(*at)[0], index(*at)[1], 0))
     vocab_spec = pl.BlockSpec((None, block_v, features), lambda *at: (index(*at)[0], index(*at)[2], 0))
     row_spec = pl.BlockSpec((None, 1, block_t), lambda *at: (index(*at)[0], 0, index(*at)[1]))
+    walk = walk_of(target, turned=of_tokens)
     stays, block = (hidden, block_t) if of_tokens else (weight, block_v)
     parts, kind = (3, jnp.bfloat16) if spec.dtype == "float32" else (1, hidden.dtype)
-    scratch = _scratch(spec, block_t, block_v) | {"dlogits_ref": pltpu.VMEM((parts, block_v, block_t), kind)}
-    if of_tokens:
-        scratch["turned_ref"] = pltpu.VMEM((parts, block_t, block_v), kind)
+    scratch = _logits_scratch(spec, walk, block_t, block_v)
+    rows = scratch["strips"][0].shape[0] if "strips" in scratch else block_v
+    scratch["dlogits_ref"] = pltpu.VMEM((parts, *((block_t, rows) if of_tokens else (rows, block_t))), kind)
     if spec.dtype != "float32":
         scratch["sums_ref"] = pltpu.VMEM((block, features), jnp.float32)
     return pl.pallas_call(
@@ -151,8 +164,9 @@ def _gradient(
             _gradient_kernel,
             softcap=spec.softcap,
             size=vocab if of_tokens else tokens,
-            columns=columns_at_once(target),
-            piece=piece_of(target),
+            block_v=block_v,
+            of_tokens=of_tokens,
+            walk=walk,
         ),
         grid=(batch, *(counts if of_tokens else counts[::-1])),
         in_specs=[tokens_spec, vocab_spec, *(None if row is None else row_spec for row in per_token)],
@@ -164,11 +178,13 @@ def _gradient(
     )(hidden, weight, *per_token)
 
 
-def _scratch(spec: LinearCrossEntropySpec, block_t: int, block_v: int) -> dict[str, Any]:
-    """A tile of logits, and for float32 the parts of some features of its operands."""
+def _logits_scratch(spec: LinearCrossEntropySpec, walk: Walk, block_t: int, block_v: int) -> dict[str, Any]:
+    """Two strips of a tile of logits, or all of it; for float32 with the parts of some features of its operands."""
+    if spec.dtype != "float32" and block_t % (2 * walk.columns) == 0:
+        return {"strips": (pltpu.VMEM((rows_of_strip(walk, block_v, spec.features), walk.columns), jnp.float32),) * 2}
     scratch = {"logits_ref": pltpu.VMEM((block_v, block_t), jnp.float32)}
     if spec.dtype == "float32":
-        width = min(FEATURES_AT_ONCE, spec.features)
+        width = min(walk.features, spec.features)
         scratch["hidden_parts"] = pltpu.VMEM((3, block_t, width), jnp.bfloat16)
         scratch["weight_parts"] = pltpu.VMEM((3, block_v, width), jnp.bfloat16)
     return scratch
@@ -182,70 +198,63 @@ def _forward_kernel(
     target_logit_ref: Any,
     logit_sum_ref: Any | None,
     *,
-    logits_ref: Any,
-    hidden_parts: Any | None = None,
-    weight_parts: Any | None = None,
     peak_ref: Any,
     total_ref: Any,
+    at_target_ref: Any,
+    sum_ref: Any = None,
+    logits_ref: Any = None,
+    strips: Any = (),
+    hidden_parts: Any | None = None,
+    weight_parts: Any | None = None,
     softcap: float | None,
     vocab: int,
-    columns: int,
-    piece: tuple[int, int],
+    block_v: int,
+    walk: Walk,
 ) -> None:
-    """A tile of the vocabulary joins what is known of a tile of tokens: the other references are [1, tokens]."""
+    """A tile of the vocabulary joins what is known of a tile of tokens: scratch of them is [8, tokens], by sublane."""
     step, steps = pl.program_id(2), pl.num_programs(2)
-    block_v, block_t = logits_ref.shape
-    first = step * block_v
 
     @pl.when(step == 0)
     def _start() -> None:
-        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
-        for ref in (total_ref, target_logit_ref, logit_sum_ref):
+        peak_ref[...] = jnp.full_like(peak_ref, jnp.finfo(jnp.float32).min)
+        for ref in (total_ref, at_target_ref, sum_ref):
             if ref is not None:
                 ref[...] = jnp.zeros_like(ref)
 
-    multiply((hidden_ref, hidden_parts), (weight_ref, weight_parts), logits_ref, columns, piece)
-
-    def take_in(rows: int, cols: Any) -> None:
-        """Some columns of the tile, of which the first `rows` are there."""
-        target = targets_ref[:, cols] - first
-        nothing = jnp.zeros((SUBLANES, target.shape[1]), jnp.float32)
-
-        def look(at: Any, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            logits, _ = cap(logits_ref[at, cols], softcap)
-            row = at.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-            seen = logits if rows == block_v else jnp.where(row < rows, logits, -jnp.inf)
-            if softcap is not None or rows != block_v:
-                logits_ref[at, cols] = seen
-            sums = [jnp.where(row == target, logits, 0)]
-            if logit_sum_ref is not None:
-                sums.append(logits if rows == block_v else jnp.where(row < rows, logits, 0))
-            added = (so_far + fold(x, jnp.sum) for so_far, x in zip(found[1:], sums, strict=True))
-            return (jnp.maximum(found[0], fold(seen, jnp.max)), *added)
-
-        def weigh(at: Any, total: jax.Array) -> jax.Array:
-            # The difference first: scaled apart, large logits would lose what lies between them.
-            return total + fold(jnp.exp(logits_ref[at, cols] - peak), jnp.sum)
-
-        sums = (nothing,) if logit_sum_ref is None else (nothing, nothing)
-        highest, *added = over_rows(block_v, piece[0], look, (nothing - jnp.inf, *sums))
-        before = peak_ref[:, cols]
-        peak = jnp.maximum(before, jnp.max(highest, axis=0, keepdims=True))
-        total = jnp.sum(over_rows(block_v, piece[0], weigh, nothing), axis=0, keepdims=True)
-        total_ref[:, cols] = total_ref[:, cols] * jnp.exp(before - peak) + total
+    def take_in(logits: jax.Array, rows: Any, cols: Any, first: Any) -> None:
+        """Some rows of the logits of some tokens; first: the first row of their tile."""
+        logits, _ = cap(logits, softcap)
+        row = rows.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+        there = row < jnp.minimum(vocab - first, block_v)
+        before, seen = peak_ref[:, cols], fold(jnp.where(there, logits, -jnp.inf))
+        peak = jnp.maximum(before, jnp.max(seen, axis=0))
+        # The difference first: scaled apart, large logits would lose what lies between them.
+        total_ref[:, cols] = total_ref[:, cols] * jnp.exp(before - peak) + jnp.sum(jnp.exp(seen - peak), axis=0)
         peak_ref[:, cols] = peak
-        for ref, sums in zip((target_logit_ref, logit_sum_ref), added, strict=False):
-            ref[:, cols] += jnp.sum(sums, axis=0, keepdims=True)
+        is_target = there & (row == targets_ref[:, cols] - first)
+        at_target_ref[:, cols] += jnp.sum(fold(jnp.where(is_target, logits, 0)), axis=0)
+        if sum_ref is not None:
+            sum_ref[:, cols] += jnp.sum(fold(jnp.where(there, logits, 0)), axis=0)
 
-    whole_and_last(step, steps, block_v, vocab, lambda rows: in_chunks(block_t, piece[1], partial(take_in, rows)))
+    if strips:
+        walk_strips(walk, hidden_ref, weight_ref, strips, block_v, take_in, across=True)
+    else:
+        multiply((hidden_ref, hidden_parts), (weight_ref, weight_parts), logits_ref, walk)
+
+        in_pieces(
+            logits_ref.shape,
+            walk.piece,
+            lambda rows, cols: take_in(logits_ref[rows, cols], rows, cols, step * block_v),
+        )
 
     @pl.when(step == steps - 1)
     def _finish() -> None:
-        counted = targets_ref[...] != IGNORED
-        lse_ref[...] = jnp.where(counted, peak_ref[...] + jnp.log(total_ref[...]), 0)
-        for ref in (target_logit_ref, logit_sum_ref):
+        peak, counted = jnp.max(peak_ref[...], axis=0, keepdims=True), targets_ref[...] != IGNORED
+        total = jnp.sum(total_ref[...] * jnp.exp(peak_ref[...] - peak), axis=0, keepdims=True)
+        lse_ref[...] = jnp.where(counted, peak + jnp.log(total), 0)
+        for ref, sums in ((target_logit_ref, at_target_ref), (logit_sum_ref, sum_ref)):
             if ref is not None:
-                ref[...] = jnp.where(counted, ref[...], 0)
+                ref[...] = jnp.where(counted, jnp.sum(sums[...], axis=0, keepdims=True), 0)
 
 
 def _gradient_kernel(
@@ -258,64 +267,74 @@ def _gradient_kernel(
     dsum_ref: Any | None,
     out_ref: Any,
     *,
-    logits_ref: Any,
+    dlogits_ref: Any,
+    sums_ref: Any = None,
+    logits_ref: Any = None,
+    strips: Any = (),
     hidden_parts: Any | None = None,
     weight_parts: Any | None = None,
-    dlogits_ref: Any,
-    turned_ref: Any | None = None,
-    sums_ref: Any | None = None,
     softcap: float | None,
     size: int,
-    columns: int,
-    piece: tuple[int, int],
+    block_v: int,
+    of_tokens: bool,
+    walk: Walk,
 ) -> None:
-    """A tile of logits [vocab, tokens], its gradient, and what that adds to a tile of dhidden or of dweight."""
+    """A tile of logits [vocab, tokens], its gradient, and what that adds to a tile of dhidden or of dweight.
+
+    For dhidden the gradient lies turned, [tokens, vocab], so that the sum is along its columns in either.
+    """
     sums_ref = out_ref if sums_ref is None else sums_ref  # float32 results are their own sums
-    of_tokens = turned_ref is not None
-    step, steps = pl.program_id(2), pl.num_programs(2)
-    block_v, block_t = logits_ref.shape
+    step, steps, block_t = pl.program_id(2), pl.num_programs(2), hidden_ref.shape[0]
     first = (step if of_tokens else pl.program_id(1)) * block_v
-    multiply((hidden_ref, hidden_parts), (weight_ref, weight_parts), logits_ref, columns, piece)
 
-    def differentiate(cols: Any) -> None:
-        target, lse = targets_ref[:, cols] - first, lse_ref[:, cols]
-        counted = targets_ref[:, cols] != IGNORED
+    def gradient_of(logits: jax.Array, row: Any, cols: Any) -> jax.Array:
+        """That of some rows of the logits of some tokens, from that row of the tile on."""
+        logits, slope = cap(logits, softcap)
+        gradient = jnp.zeros_like(logits)
+        if dlse_ref is not None:
+            gradient += jnp.exp(logits - lse_ref[:, cols]) * dlse_ref[:, cols]
+        if dtarget_ref is not None:
+            row = row + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+            gradient += jnp.where(row == targets_ref[:, cols] - first, dtarget_ref[:, cols], 0)
+        if dsum_ref is not None:
+            gradient += dsum_ref[:, cols]
+        gradient = gradient if softcap is None else gradient * slope
+        return jnp.where(targets_ref[:, cols] != IGNORED, gradient, 0)
 
-        def write(at: Any, _: None) -> None:
-            logits, slope = cap(logits_ref[at, cols], softcap)
-            gradient = jnp.zeros_like(logits)
-            if dlse_ref is not None:
-                gradient += jnp.exp(logits - lse) * dlse_ref[:, cols]
-            if dtarget_ref is not None:
-                row = at.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-                gradient += jnp.where(row == target, dtarget_ref[:, cols], 0)
-            if dsum_ref is not None:
-                gradient += dsum_ref[:, cols]
-            gradient = gradient if softcap is None else gradient * slope
-            write_parts(dlogits_ref, at, cols, jnp.where(counted, gradient, 0))
+    def write(gradient: jax.Array, rows: Any, cols: Any) -> None:
+        if of_tokens:
+            write_parts(dlogits_ref, cols, rows, gradient.T)
+        else:
+            write_parts(dlogits_ref, rows, cols, gradient)
 
-        over_rows(block_v, piece[0], write, None)
+    if strips:
 
-    in_chunks(block_t, piece[1], differentiate)
-    if turned_ref is not None:
-        for part in range(turned_ref.shape[0]):
-            turn(dlogits_ref.at[part], turned_ref.at[part])
+        def differentiate(logits: jax.Array, rows: Any, cols: Any, _: Any) -> None:
+            write(gradient_of(logits, rows.start, cols), rows, cols)
+
+        walk_strips(walk, hidden_ref, weight_ref, strips, block_v, differentiate)
+    else:
+        multiply((hidden_ref, hidden_parts), (weight_ref, weight_parts), logits_ref, walk)
+
+        def differentiate_in_place(rows: Any, cols: Any) -> None:
+            logits_ref[rows, cols] = gradient_of(logits_ref[rows, cols], rows.start, cols)
+
+        in_pieces(logits_ref.shape, walk.piece, differentiate_in_place)
+        in_pieces(logits_ref.shape, (LANES, LANES), lambda rows, cols: write(logits_ref[rows, cols], rows, cols))
 
     def add(length: int) -> None:
         """The first `length` of this step's rows: those that the sum is along."""
 
         def add_columns(cols: Any) -> None:
-            if turned_ref is not None:
-                dlogits, rows = turned_ref, parts_of(weight_ref.at[:, cols], weight_parts, piece)
-            else:
-                dlogits, rows = dlogits_ref, parts_of(hidden_ref.at[:, cols], hidden_parts, piece)
+            block, parts = (weight_ref, weight_parts) if of_tokens else (hidden_ref, hidden_parts)
+            rows = parts_of(block.at[:, cols], parts, walk.piece)
 
             def product(p: Any, q: Any) -> jax.Array:
-                return contract(dlogits[p, :, :length], rows(q)[:length, :], (1, 0))
+                return contract(dlogits_ref[p, : sums_ref.shape[0], :length], rows(q)[:length, :], (1, 0))
 
-            add_products(sums_ref, cols, product, dlogits.shape[0] > 1, step == 0)
+            add_products(sums_ref, cols, product, dlogits_ref.shape[0] > 1, step == 0)
 
-        in_chunks(sums_ref.shape[1], columns, add_columns)
+        in_chunks(sums_ref.shape[1], walk.columns, add_columns, walk.at_once)
 
     whole_and_last(step, steps, block_v if of_tokens else block_t, size, add)
 
@@ -323,10 +342,10 @@ def _gradient_kernel(
 
         @pl.when(step == steps - 1)
         def _finish() -> None:
-            def write(cols: Any) -> None:
-                def cast(at: Any, _: None) -> None:
+            def cast(cols: Any) -> None:
+                def cast_rows(at: Any, _: None) -> None:
                     out_ref[at, cols] = sums_ref[at, cols].astype(out_ref.dtype)
 
-                over_rows(out_ref.shape[0], 2 * piece[0], cast, None)
+                over_rows(out_ref.shape[0], 2 * walk.piece[0], cast_rows, None)
 
-            in_chunks(out_ref.shape[1], piece[1], write)
+            in_chunks(out_ref.shape[1], walk.piece[1], cast)

@@ -3,23 +3,124 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, SUBLANES, contract, few_registers, in_chunks, write_parts
+from ..tiles.pallas_tiles import LANES, contract, few_registers, in_chunks, write_parts
 from ..tiles.targets import Target
 
-FEATURES_AT_ONCE = 512  # of a product of rows of hidden and weight
+NOWHERE = 2**30  # the first row of a tile that is not there
 PART_PAIRS = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))  # of two float32, those with small products first
 
 
-def multiply(
-    hidden: tuple[Any, Any], weight: tuple[Any, Any], logits_ref: Any, columns: int, piece: tuple[int, int]
+class Walk(NamedTuple):
+    """How much of a tile is in hand at a time.
+
+    Attributes:
+        columns: of a product, as many as the matrix unit holds.
+        features: of a product that is summed in a whole tile of logits.
+        piece: rows and columns of a tile in an elementwise loop: every value of it stays in registers.
+        turn: rows and features of a product that is summed in a strip of logits.
+        taken: rows and columns of a strip that are taken in at a time.
+        at_once: products of columns of a gradient that are scheduled together.
+    """
+
+    columns: int
+    features: int
+    piece: tuple[int, int]
+    turn: tuple[int, int]
+    taken: tuple[int, int]
+    at_once: int
+
+
+def walk_of(target: Target, turned: bool = False) -> Walk:
+    """That of a chip, also where what is taken in is turned; interpreted, small tiles take several turns too."""
+    if target.interpreted:
+        return Walk(16, 16, (32, 256), (16, 16), (8, 8), 1)
+    few, columns = few_registers(target), target.matrix_unit or 2 * LANES
+    taken = (LANES, LANES) if turned else (32 if few else 64, columns)
+    return Walk(columns, 512, (16, 128) if few else (32, 256), (512, 1024), taken, 8)
+
+
+def walk_strips(
+    walk: Walk,
+    hidden_ref: Any,
+    weight_ref: Any,
+    strips: tuple[Any, Any],
+    block_v: int,
+    take_in: Callable[[jax.Array, Any, Any, Any], None],
+    across: bool = False,
 ) -> None:
+    """weight @ hidden^T by strips of tokens; while one is summed, the one before is taken in, also across the steps.
+
+    Rows to take in stand between products of a few rows, where the compiler schedules them while the matrix unit works.
+    Where it may not go across the steps, a step takes in its last strip alone.
+    """
+    step, steps = pl.program_id(2), pl.num_programs(2)
+    (block_t, features), columns = hidden_ref.shape, walk.columns
+    count, width = block_t // columns, min(walk.turn[1], features)
+    turns, groups, share = _shares(walk, block_v, features)
+
+    def take_in_rows(strip_ref: Any, strip: Any, rows: Any, first: Any) -> None:
+        for col in range(0, columns, walk.taken[1]):
+            cols = pl.ds(pl.multiple_of(strip * columns + col, walk.taken[1]), walk.taken[1])
+            take_in(strip_ref[rows, col : col + walk.taken[1]], rows, cols, first)
+
+    def sum_strip(strip: Any, strip_ref: Any, before_ref: Any) -> None:
+        cols = pl.ds(pl.multiple_of(strip * columns, columns), columns)
+        before, step_before = lax.rem(strip + count - 1, count), jnp.where(strip > 0, step, step - 1)
+        first = jnp.where(step_before < 0, NOWHERE, step_before * block_v)
+
+        def add(inner: Any, taken: Any = None) -> None:
+            for group in range(groups):
+                rows = pl.ds(group * walk.turn[0], min(walk.turn[0], block_v - group * walk.turn[0]))
+                product = contract(weight_ref[rows, inner], hidden_ref[cols, inner], (1, 1))
+                strip_ref[rows, :] = product + jnp.where(inner.start == 0, 0, strip_ref[rows, :])
+                for row in () if taken is None else range(group * share, group * share + share, walk.taken[0]):
+                    rows = pl.ds(pl.multiple_of(taken + row, walk.taken[0]), walk.taken[0])
+                    take_in_rows(before_ref, before, rows, first)
+
+        in_chunks(turns * width, width, lambda inner: add(inner, lax.div(inner.start, width) * groups * share))
+        if features % width:
+            add(pl.ds(turns * width, features % width))
+
+    def sum_pair(pair: Any, _: None) -> None:
+        for turn in (0, 1):
+            sum_strip(2 * pair + turn, strips[turn], strips[1 - turn])
+
+    lax.fori_loop(0, count // 2, sum_pair, None)
+
+    def take_in_last() -> None:
+        over_rows(
+            turns * groups * share,
+            walk.taken[0],
+            lambda rows, _: take_in_rows(strips[1], count - 1, rows, step * block_v),
+            None,
+        )
+
+    if across:
+        pl.when(step == steps - 1)(take_in_last)
+    else:
+        take_in_last()
+
+
+def rows_of_strip(walk: Walk, block_v: int, features: int) -> int:
+    """As many rows as are taken in, of which the last may be past the tile's."""
+    turns, groups, share = _shares(walk, block_v, features)
+    return turns * groups * share
+
+
+def _shares(walk: Walk, block_v: int, features: int) -> tuple[int, int, int]:
+    """Turns along the features of a strip, products of a turn, and rows of the strip before to take in beside each."""
+    turns, groups = features // min(walk.turn[1], features), -(-block_v // walk.turn[0])
+    return turns, groups, -(-block_v // (turns * groups * walk.taken[0])) * walk.taken[0]
+
+
+def multiply(hidden: tuple[Any, Any], weight: tuple[Any, Any], logits_ref: Any, walk: Walk) -> None:
     """weight @ hidden^T, [vocab, tokens]: as many columns at a time as the matrix unit holds, and some features.
 
     The products of all features at once would be summed in registers, which they do not fit.
@@ -28,7 +129,7 @@ def multiply(
 
     def add(inner: Any) -> None:
         tokens, rows = (
-            parts_of(ref.at[:, inner], parts, piece)
+            parts_of(ref.at[:, inner], parts, walk.piece)
             for ref, parts in ((hidden_ref, hidden_parts), (weight_ref, weight_parts))
         )
 
@@ -38,9 +139,9 @@ def multiply(
 
             add_products(logits_ref, cols, product, weight_parts is not None, inner.start == 0)
 
-        in_chunks(logits_ref.shape[1], columns, multiply_columns)
+        in_chunks(logits_ref.shape[1], walk.columns, multiply_columns)
 
-    in_chunks(weight_ref.shape[1], FEATURES_AT_ONCE, add)
+    in_chunks(weight_ref.shape[1], walk.features, add)
 
 
 def add_products(
@@ -74,18 +175,6 @@ def parts_of(block_ref: Any, parts_ref: Any | None, piece: tuple[int, int]) -> C
     return lambda part: parts_ref.at[part, :, :width]
 
 
-def turn(from_ref: Any, to_ref: Any) -> None:
-    """Transpose a tile, by squares as wide as a register: a product that does so itself spills."""
-
-    def turn_columns(cols: Any) -> None:
-        def turn_square(rows: Any) -> None:
-            to_ref[cols, rows] = from_ref[rows, cols].T
-
-        in_chunks(from_ref.shape[0], LANES, turn_square)
-
-    in_chunks(from_ref.shape[1], LANES, turn_columns)
-
-
 def cap(raw: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array | float]:
     """The logits of raw products, and their slope."""
     if softcap is None:
@@ -106,11 +195,6 @@ def whole_and_last(step: Any, steps: Any, block: int, size: int, run: Callable[[
         pl.when(step == steps - 1)(lambda: run(tail))
 
 
-def fold(tile: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """[rows, columns] reduced to the rows of one register, [8, columns]."""
-    return reduce(tile.reshape(-1, SUBLANES, tile.shape[1]), axis=0)
-
-
 def over_rows(size: int, piece: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
     """Carry something through a body of slices of that many rows, and of what is left; size is a multiple of 8."""
 
@@ -120,13 +204,3 @@ def over_rows(size: int, piece: int, body: Callable[[Any, Any], Any], carry: Any
     if size >= piece:
         carry = lax.fori_loop(0, size // piece, step, carry)
     return body(pl.ds(size // piece * piece, size % piece), carry) if size % piece else carry
-
-
-def columns_at_once(target: Target) -> int:
-    """Columns of a product at a time: as many as the matrix unit holds."""
-    return target.matrix_unit or 2 * LANES
-
-
-def piece_of(target: Target) -> tuple[int, int]:
-    """Rows and columns of an elementwise loop at a time: every value of the loop stays in registers."""
-    return (16, 128) if few_registers(target) else (32, 256)

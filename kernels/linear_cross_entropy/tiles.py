@@ -118,21 +118,20 @@ def choose_config(
 def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tuple[int, int]:
     """Tokens and rows of the vocabulary of a tile: the largest whose rows, with all their features, fit the VMEM.
 
-    The rows that stay are more than those that pass by: each byte that passes is then used more often. But a forward of
-    16-bit types takes as many rows of the vocabulary at a time as it can, since each step has work that does not grow
-    with it.
+    The rows that stay are more than those that pass by: each byte that passes is then used more often. But kernels of
+    16-bit types take as many rows that pass by at a time as they can, since each step has work that does not grow with
+    them.
     """
     room = target.on_chip_bytes * 3 // 4
-    if kernel == "forward" and spec.dtype != "float32":
+    if spec.dtype != "float32":
+        most = vmem_budget(target) if kernel == "forward" else room
         for passes in (4096, 2048, 1024):
             for stays in (1024, 512):
-                if tpu_bytes(spec, kernel, stays, passes) <= vmem_budget(target):
-                    return stays, passes
+                if tpu_bytes(spec, kernel, stays, passes) <= most:
+                    return (passes, stays) if kernel == "dweight" else (stays, passes)
     for stays in _TPU_BLOCKS:
         for passes in _TPU_BLOCKS:
-            # Fewer steps cost less, but only v7x's compiler keeps 1024 rows that pass by out of the spills.
-            few = 1024 if target.name == "v7x" and spec.dtype != "float32" else min(stays, 512)
-            if passes <= few and tpu_bytes(spec, kernel, stays, passes) <= room:
+            if passes <= min(stays, 512) and tpu_bytes(spec, kernel, stays, passes) <= room:
                 return (passes, stays) if kernel == "dweight" else (stays, passes)
     return 128, 128
 
@@ -144,7 +143,7 @@ def tpu_bytes(spec: LinearCrossEntropySpec, kernel: str, stays: int, passes: int
     needed = 2 * (stays + passes) * features * item + stays * passes * 4
     if kernel != "forward":
         needed += 2 * stays * features * item  # the result
-        needed += stays * passes * 2 * (6 if item == 4 else 2)  # the gradient of the logits, as it is and turned
+        needed += stays * passes * 2 * (3 if item == 4 else 1)  # the gradient of the logits
         if item < 4:
             needed += stays * features * 4  # the result's sums
     if item == 4:

@@ -78,6 +78,20 @@ def test_descend_trades_where_there_is_no_room() -> None:
     assert found[0].tiles["a.m"] == 128
 
 
+@pytest.mark.parametrize("towards", [1, -1])
+def test_descend_moves_two_blocks_together(towards: int) -> None:
+    """On a ridge of squares a step of one block alone loses."""
+
+    def evaluate(tiles) -> float:
+        q, kv = (tiles[f"forward.block_{name}"] for name in ("q", "kv"))
+        return 2000 - towards * q + (1000 if q != kv else 0)
+
+    bottom, top = (LADDER[0], LADDER[-1])[::towards]
+    blocks = ("forward.block_q", "forward.block_kv")
+    found = descend(evaluate, dict.fromkeys(blocks, bottom), dict.fromkeys(blocks, LADDER))
+    assert found[0].tiles == dict.fromkeys(blocks, top)
+
+
 def test_descend_leaves_fields_without_a_ladder() -> None:
     found = descend(Trials(), {"m": 128, "n": 256}, {"m": LADDER})
     assert found[0].tiles == {"m": 512, "n": 256}

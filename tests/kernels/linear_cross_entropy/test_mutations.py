@@ -27,6 +27,7 @@ pytest.importorskip("triton")
 
 ALL = Problem(tokens=40, vocab=70, features=40, softcap=3.0)
 CHECKED = {"all": ALL, "parts": replace(ALL, softcap=None), "batch": replace(ALL, tokens=20, vocab=40, batch=2)}
+CHECKED["strips"] = replace(ALL, tokens=64)  # an even number of strips of a tile: one is taken in while one is summed
 
 
 class Mutation(NamedTuple):
@@ -70,11 +71,11 @@ MUTATIONS = (
              "pointer = advance(advance(pointer, batch, batch_stride)",
              "pointer = advance(advance(pointer, 0, batch_stride)",
              "batch"),
-    Mutation("places past the vocabulary weigh", P, "jnp.where(row < rows, logits, -jnp.inf)", "logits"),
+    Mutation("places past the vocabulary weigh", P, "jnp.where(there, logits, -jnp.inf)", "logits"),
     Mutation("sums not rescaled", P,
-             "total_ref[:, cols] * jnp.exp(before - peak) + total", "total_ref[:, cols] + total"),
+             "total_ref[:, cols] * jnp.exp(before - peak) + jnp.sum", "total_ref[:, cols] + jnp.sum"),
     Mutation("the target one row on", P,
-             "gradient += jnp.where(row == target,", "gradient += jnp.where(row + 1 == target,"),
+             "gradient += jnp.where(row == targets_ref", "gradient += jnp.where(row + 1 == targets_ref"),
     Mutation("the cap's slope forgotten", P, "gradient if softcap is None else gradient * slope", "gradient"),
     Mutation("the last tile read whole", Q,
              "pl.when(step == steps - 1)(lambda: run(tail))", "pl.when(step == steps - 1)(lambda: run(block))"),
@@ -85,8 +86,14 @@ MUTATIONS = (
     Mutation("the vocabulary's tile of the wrong step", P,
              "(step if of_tokens else pl.program_id(1)) * block_v", "step * block_v"),
     Mutation("small parts forgotten", Q, "((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))", "((0, 0),)", "parts"),
-    Mutation("not turned", Q,
-             "to_ref[cols, rows] = from_ref[rows, cols].T", "to_ref[cols, rows] = from_ref[cols, rows]"),
+    Mutation("not turned", P, "cols, rows, gradient.T)", "cols, rows, gradient)", "strips"),
+    Mutation("the strip before is of this step", Q, "jnp.where(strip > 0, step, step - 1)", "step", "strips"),
+    Mutation("a strip before the first", Q, "step_before < 0, NOWHERE", "step_before < 0, 0", "strips"),
+    Mutation("the last strip forgotten", Q,
+             "pl.when(step == steps - 1)(take_in_last)", "pl.when(step < 0)(take_in_last)", "strips"),
+    Mutation("strips start from what was there", Q,
+             "jnp.where(inner.start == 0, 0, strip_ref[rows, :])", "strip_ref[rows, :]", "strips"),
+    Mutation("a strip joins the tokens of the next", Q, "lax.rem(strip + count - 1, count)", "strip", "strips"),
     Mutation("the gradient's sign", R,
              "+ np.where(_is_target(targets, weight), dtarget, 0)",
              "- np.where(_is_target(targets, weight), dtarget, 0)"),
@@ -149,7 +156,11 @@ def sound(kernel: str, name: str) -> float:
 
 def marked(mutation: Mutation) -> Any:
     """Those of the Pallas kernels take XLA seconds each: a few run always, the others in the sweep."""
-    slow = mutation.file in (P, Q) and mutation.name not in ("the last tile read whole", "the target one row on")
+    slow = mutation.file in (P, Q) and mutation.name not in (
+        "the last tile read whole",
+        "the target one row on",
+        "the strip before is of this step",
+    )
     name = f"{mutation.file}-{mutation.name}".replace(" ", "_")
     return pytest.param(mutation, id=name, marks=pytest.mark.sweep if slow else ())
 

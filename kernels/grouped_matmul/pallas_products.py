@@ -46,11 +46,12 @@ def add_product(
     def add_all(total_ref: Any, pair: tuple[int, int], begins: Any) -> None:
         step = columns if low_ref is None else _even(sums_ref.shape[1], columns)
         deep = _even(length, DEEP[columns] if low_ref is None else DEEP_OF_PARTS)
-        in_chunks(
-            sums_ref.shape[1], step,
-            lambda cols: in_chunks(length, deep, lambda inner: add(total_ref, pair, cols, inner, begins)),
-            1 if low_ref is not None else PRODUCTS_AT_ONCE,
-        )  # fmt: skip
+        at_once = 1 if low_ref is not None else PRODUCTS_AT_ONCE
+
+        def add_deep(inner: Any) -> None:
+            in_chunks(sums_ref.shape[1], step, lambda cols: add(total_ref, pair, cols, inner, begins), at_once)
+
+        in_chunks(length, deep, add_deep)
 
     add_all(sums_ref, (0, 0), begins)
     pairs = [pair for pair in LOW_PRODUCTS if pair[1] < len(rights)] if low_ref is not None else []

@@ -124,7 +124,7 @@ def quantized_rows(
             steps=steps,
             tail=summed - (steps - 1) * block_sum,
             columns=target.matrix_unit or LANES,
-            shared_rows=8 if target.interpreted else target.matrix_unit or LANES,
+            shared_rows=8 if target.interpreted else LANES,
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
             codes_piece=code_piece(target),
         ),

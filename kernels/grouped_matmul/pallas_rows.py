@@ -92,7 +92,7 @@ def rows(
             steps=steps,
             tail=k - (steps - 1) * block_k,
             columns=target.matrix_unit or LANES,
-            shared_rows=8 if target.interpreted else target.matrix_unit or LANES,
+            shared_rows=8 if target.interpreted else LANES,
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(

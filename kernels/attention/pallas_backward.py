@@ -20,6 +20,7 @@ from ..tiles.pallas_tiles import (
     dot,
     dot_nt,
     fold,
+    in_chunks,
     pad_to,
     round_up,
     rows,
@@ -59,7 +60,7 @@ def backward(
     block_q, block_kv, kv_padded = tiling.block_q, tiling.block_kv, round_up(kv_len, tiling.block_kv)
     # dq is summed, and then written, for a stretch of queries and as many heads of the group as VMEM holds a tile of.
     width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
-    key_bytes = 2 * (width + head_dim) * k.dtype.itemsize + (4 + 2 * 4) * width
+    key_bytes = (2 * width + head_dim) * k.dtype.itemsize + (4 + 2 * 4) * width
     room = stretch_room(block_kv * key_bytes, target)
     operand_bytes, head_bytes = 2 * width * q.dtype.itemsize, head_dim * (4 + 2 * q.dtype.itemsize)
     for plane in scores.planes:
@@ -100,7 +101,6 @@ def backward(
                 per_query(1),
                 per_query(1),
                 kv_rows(head_dim),
-                pl.BlockSpec((None, None, head_dim, block_kv), lambda b, h, s, j, *_: (b, lax.div(h, splits), 0, j)),
                 kv_rows(v_dim),
                 *(
                     plane.block(block_kv, major, block_q, lambda *step: (step[0], q_head(*step), step[3], step[2]))
@@ -116,6 +116,7 @@ def backward(
                 pltpu.VMEM((heads, head_dim, major), jnp.float32),
                 pltpu.VMEM((block_kv, head_dim), jnp.float32),
                 pltpu.VMEM((block_kv, v_dim), jnp.float32),
+                pltpu.VMEM((head_dim, block_kv), k.dtype),
                 *[pltpu.VMEM((block_kv, block_q), q.dtype)] * 2,
                 *(scratch for plane in scores.planes for scratch in plane.scratch(block_kv, block_q)),
             ],
@@ -139,7 +140,6 @@ def backward(
         columns(dout, q_padded),
         *(pad_to(statistic[:, :, None, :], 3, q_padded) for statistic in statistics),
         rows(k, kv_padded),
-        columns(k, kv_padded),
         rows(v, kv_padded),
         *(plane.prepared(arrays.planes[plane.slot], q_padded, kv_padded, block_q) for plane in scores.planes),
     )
@@ -179,13 +179,12 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
     scalars, refs = refs[: tiling.prefetched], refs[tiling.prefetched :]
     q_ref, dout_ref = refs[:2]  # [head_dim, major] and [v_dim, major], of one query head
     lse_ref, delta_ref = refs[2:4]  # [1, major]
-    k_ref, k_columns_ref, v_ref = refs[
-        4:7
-    ]  # [block_kv, head_dim], the same keys [head_dim, block_kv], [block_kv, v_dim]
-    planes, refs = refs[7 : 7 + len(scores.planes)], refs[7 + len(scores.planes) :]
+    k_ref, v_ref = refs[4:6]  # [block_kv, head_dim], [block_kv, v_dim]
+    planes, refs = refs[6 : 6 + len(scores.planes)], refs[6 + len(scores.planes) :]
     dq_ref, dk_ref, dv_ref = refs[:3]  # [heads, head_dim, major], [block_kv, head_dim], [block_kv, v_dim]
     dq_acc, dk_acc, dv_acc = refs[3:6]
-    weights_ref, dscores_ref = refs[6:8]  # [block_kv, block_q], in q's dtype
+    k_columns_ref = refs[6]  # the keys as [head_dim, block_kv]
+    weights_ref, dscores_ref = refs[7:9]  # [block_kv, block_q], in q's dtype
     block_q, block_kv, part, scale = tiling.block_q, tiling.block_kv, tiling.part, scores.scale
     few = scores.rows_of(tiling)
     b, key, head = pl.program_id(0), pl.program_id(3) * block_kv, pl.program_id(4)
@@ -208,6 +207,11 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
     def _start_dkv() -> None:
         dk_acc[...] = jnp.zeros_like(dk_acc)
         dv_acc[...] = jnp.zeros_like(dv_acc)
+
+        def turn(keys: Any) -> None:
+            k_columns_ref[:, keys] = k_ref[keys, :].T
+
+        in_chunks(block_kv, 4 * LANES, turn)
 
     def weights_of(tile: Any, row: Any, size: int, masked: bool) -> tuple[jax.Array, jax.Array]:
         """The weights of some rows of a tile, and the gradients of their scores: [size, block_q]."""
@@ -257,7 +261,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
         each(part, read_dkv)
         each(part, lambda row: add_to_dq(tile, row, dscores_ref[pl.ds(row, part), :]))
 
-    sources = spread(scores.planes, planes, refs[8:], part)
+    sources = spread(scores.planes, planes, refs[9:], part)
     in_loops = tiling.rolled or scores.has_expressions or scores.dropout > 0 or q_ref.shape[0] > 2 * LANES
     run = step_in_loops if in_loops else step
     run_masked = step_in_loops if tiling.left is not None else run

@@ -20,7 +20,7 @@ from os import environ
 from pathlib import Path
 from typing import Any
 
-from .bundles import SOURCES, Program, read_bundles
+from .bundles import SOURCES, BundleError, Program, read_bundles
 from .cores import CORES, PROGRAM_SECONDS, Core
 from .dma import DeadlockError
 from .machine import Machine, MachineError, Run
@@ -108,14 +108,18 @@ def predict_child(
 ) -> tuple[Prediction, ...]:
     """Predict every program that a child process compiles: a module of `crosstile.bench`, as `dumping` is one.
 
-    `asked` is what it reads, and `python` its interpreter. Raises CyclesError with the compiler's refusal.
+    `asked` is what it reads, and `python` its interpreter. Raises CyclesError with the compiler's refusal, or with what
+    of a program cannot be counted.
     """
     with tempfile.TemporaryDirectory(prefix="crosstile-cycles-") as name:
         folder = Path(name)
         refusal = run_child(module, folder, f" {SOURCES}", json.dumps(asked), python)
         if refusal is not None:
             raise CyclesError(refusal)
-        return predict_dump(folder / DUMP, target, json.loads((folder / "steering.json").read_text()))
+        try:
+            return predict_dump(folder / DUMP, target, json.loads((folder / "steering.json").read_text()))
+        except (BundleError, DeadlockError, MachineError, ScalarError) as error:
+            raise CyclesError(f"not counted: {type(error).__name__}: {error}") from error
 
 
 def run_child(

@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from crosstile.bench import cycles, scalars
 from crosstile.bench import machine as machine_module
-from crosstile.bench import scalars
 from crosstile.bench.bundles import BundleError, parse_bundles
 from crosstile.bench.cores import CORES
 from crosstile.bench.cycles import COMPILER, WAITING, CyclesError, predict
@@ -438,3 +438,16 @@ def test_the_comparison_reads_entries_and_says_what_it_leaves_out(tmp_path):
     console = Console(width=160, record=True)
     show([good, bad], console)
     assert "no prediction for 1 of v5e op: too new" in console.export_text()
+
+
+def test_a_program_that_cannot_be_counted_is_a_refusal(monkeypatch) -> None:
+    def compile_nothing(module: str, folder: Path, *_: object) -> None:
+        (folder / "steering.json").write_text("[]")
+
+    def count(*_: object) -> None:
+        raise DeadlockError("flag 3 waits")
+
+    monkeypatch.setattr(cycles, "run_child", compile_nothing)
+    monkeypatch.setattr(cycles, "predict_dump", count)
+    with pytest.raises(CyclesError, match="not counted: DeadlockError: flag 3 waits"):
+        cycles.predict_child("dumping", {}, "v5e")

@@ -10,8 +10,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from crosstile.bench import cycles, scalars
+from crosstile.bench import cycles as cycles_module
 from crosstile.bench import machine as machine_module
+from crosstile.bench import scalars
 from crosstile.bench.bundles import BundleError, parse_bundles
 from crosstile.bench.cores import CORES
 from crosstile.bench.cycles import COMPILER, WAITING, CyclesError, predict
@@ -447,7 +448,7 @@ def test_a_program_that_cannot_be_counted_is_a_refusal(monkeypatch) -> None:
     def count(*_: object) -> None:
         raise DeadlockError("flag 3 waits")
 
-    monkeypatch.setattr(cycles, "run_child", compile_nothing)
-    monkeypatch.setattr(cycles, "predict_dump", count)
+    monkeypatch.setattr(cycles_module, "run_child", compile_nothing)
+    monkeypatch.setattr(cycles_module, "predict_dump", count)
     with pytest.raises(CyclesError, match="not counted: DeadlockError: flag 3 waits"):
-        cycles.predict_child("dumping", {}, "v5e")
+        cycles_module.predict_child("dumping", {}, "v5e")

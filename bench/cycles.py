@@ -32,6 +32,7 @@ from .tpu import environment
 COMPILER = "(grid, windows and copies)"  # what bundles without a line of Python are for
 WAITING = "(waiting for copies)"
 SECONDS = 600.0
+NOT_COUNTED = (BundleError, DeadlockError, MachineError, ScalarError)  # what a program that the model fails on raises
 DUMP = "llo"  # the folder of the bundles, in that of a child
 _KERNEL = 'custom_call_target="tpu_custom_call"'
 _NAME = re.compile(r"(\d+)-(.+)-\d+-final_bundles\.txt")
@@ -118,7 +119,7 @@ def predict_child(
             raise CyclesError(refusal)
         try:
             return predict_dump(folder / DUMP, target, json.loads((folder / "steering.json").read_text()))
-        except (BundleError, DeadlockError, MachineError, ScalarError) as error:
+        except NOT_COUNTED as error:
             raise CyclesError(f"not counted: {type(error).__name__}: {error}") from error
 
 

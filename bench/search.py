@@ -184,19 +184,25 @@ def _trades(walk: _Walk, ladders: Mapping[str, Sequence[int]]) -> Iterator[Tiles
             continue
         for other, steps in ladders.items():
             down = _next(steps, at[other], -1)
-            if other != field and down is not None and field.rpartition(".")[0] == other.rpartition(".")[0]:
+            if other != field and down is not None and _part(field) == _part(other):
                 yield {field: up, other: down}
 
 
 def _together(walk: _Walk, ladders: Mapping[str, Sequence[int]]) -> Iterator[Tiles]:
     """Two blocks of one part, both up or both down."""
     at = walk.best.tiles
+    blocks = [field for field in ladders if field.rpartition(".")[2].startswith("block_")]
+    pairs = [pair for pair in combinations(blocks, 2) if _part(pair[0]) == _part(pair[1])]
     for towards in (1, -1):
-        for one, other in combinations(ladders, 2):
-            steps = {field: _next(ladders[field], at[field], towards) for field in (one, other)}
-            blocks = all(field.rpartition(".")[2].startswith("block_") for field in steps)
-            if blocks and one.rpartition(".")[0] == other.rpartition(".")[0] and None not in steps.values():
-                yield {field: step for field, step in steps.items() if step is not None}
+        for one, other in pairs:
+            first, second = (_next(ladders[field], at[field], towards) for field in (one, other))
+            if first is not None and second is not None:
+                yield {one: first, other: second}
+
+
+def _part(field: str) -> str:
+    """The part of a configuration that a field is of, "" where it has none."""
+    return field.rpartition(".")[0]
 
 
 def _next(ladder: Sequence[int], value: int, towards: int) -> int | None:

@@ -17,11 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .bundles import BundleError
-from .cycles import predict_dump, total_microseconds
-from .dma import DeadlockError
-from .machine import MachineError
-from .scalars import ScalarError
+from .cycles import NOT_COUNTED, predict_dump, total_microseconds
 
 HALVES = ("fitted", "held out")
 
@@ -81,7 +77,7 @@ def _pair(entry: Path) -> Pair | None:
         return Pair(chip, op, name, 0.0, measured, record["error"])
     try:
         predictions = predict_dump(entry.parent, chip, record["steering"])
-    except (BundleError, DeadlockError, MachineError, ScalarError) as error:
+    except NOT_COUNTED as error:
         return Pair(chip, op, name, 0.0, measured, f"{type(error).__name__}: {error}")
     return Pair(chip, op, name, total_microseconds(predictions), measured)
 

@@ -20,12 +20,13 @@ from ..tiles.pallas_tiles import (
     dot,
     dot_nt,
     fold,
-    in_chunks,
     pad_to,
     round_up,
     rows,
+    split_parts,
     stretch,
     stretch_room,
+    turned_piece,
     unfold,
 )
 from ..tiles.targets import Target
@@ -91,7 +92,7 @@ def backward(
         return pl.BlockSpec((None, None, None, block_kv, dim), lambda b, h, s, j, *_: (s, b, h, j, 0))
 
     dq, dk, dv = pl.pallas_call(
-        partial(_kernel, tiling=tiling, scores=scores, slope=slope_of(spec)),
+        partial(_kernel, tiling=tiling, scores=scores, slope=slope_of(spec), turned=turned_piece(target, k.dtype)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(batch, kv_heads * splits, stretches, kv_padded // block_kv, heads),
@@ -116,7 +117,7 @@ def backward(
                 pltpu.VMEM((heads, head_dim, major), jnp.float32),
                 pltpu.VMEM((block_kv, head_dim), jnp.float32),
                 pltpu.VMEM((block_kv, v_dim), jnp.float32),
-                pltpu.VMEM((head_dim, block_kv), k.dtype),
+                pltpu.VMEM((1, head_dim, block_kv), k.dtype),
                 *[pltpu.VMEM((block_kv, block_q), q.dtype)] * 2,
                 *(scratch for plane in scores.planes for scratch in plane.scratch(block_kv, block_q)),
             ],
@@ -171,7 +172,7 @@ def weigh(
     return scores.dropped(weights, place), change
 
 
-def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
+def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tuple[int, int]) -> None:
     """One tile of keys against a stretch of queries, all three gradients at once: five products a tile, not seven.
 
     dk and dv are complete after the last of the heads; dq stays in VMEM until the last tile of keys.
@@ -183,7 +184,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
     planes, refs = refs[6 : 6 + len(scores.planes)], refs[6 + len(scores.planes) :]
     dq_ref, dk_ref, dv_ref = refs[:3]  # [heads, head_dim, major], [block_kv, head_dim], [block_kv, v_dim]
     dq_acc, dk_acc, dv_acc = refs[3:6]
-    k_columns_ref = refs[6]  # the keys as [head_dim, block_kv]
+    k_columns_ref = refs[6]  # the keys as [1, head_dim, block_kv]
     weights_ref, dscores_ref = refs[7:9]  # [block_kv, block_q], in q's dtype
     block_q, block_kv, part, scale = tiling.block_q, tiling.block_kv, tiling.part, scores.scale
     few = scores.rows_of(tiling)
@@ -208,10 +209,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
         dk_acc[...] = jnp.zeros_like(dk_acc)
         dv_acc[...] = jnp.zeros_like(dv_acc)
 
-        def turn(keys: Any) -> None:
-            k_columns_ref[:, keys] = k_ref[keys, :].T
-
-        in_chunks(block_kv, 4 * LANES, turn)
+        split_parts(k_ref, k_columns_ref, turned, turned=True)
 
     def weights_of(tile: Any, row: Any, size: int, masked: bool) -> tuple[jax.Array, jax.Array]:
         """The weights of some rows of a tile, and the gradients of their scores: [size, block_q]."""
@@ -230,7 +228,7 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any) -> None:
         dk_acc[keys, :] += dot_nt(dscores, q_ref[:, at])
 
     def add_to_dq(tile: Any, row: Any, dscores: jax.Array) -> None:
-        dq_acc[head, :, tile_of(tile)] += dot(k_columns_ref[:, pl.ds(row, part)], dscores)
+        dq_acc[head, :, tile_of(tile)] += dot(k_columns_ref[0, :, pl.ds(row, part)], dscores)
 
     def step(tile: Any, _: None, masked: bool) -> None:
         def add(row: int) -> None:

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.pallas_activations import activate
 from ..tiles.pallas_tiles import LANES, LOW_PRODUCTS, PRODUCTS_AT_ONCE, contract, in_chunks, in_pieces
+from ..tiles.targets import Target
 
 # How much of k one product takes, by the columns of a matrix unit: each product begins and ends with units that wait.
 DEEP = {128: 1024, 256: 4096}
@@ -78,6 +79,11 @@ def in_rows_of_group(
     else:
         pl.when(whole)(multiply)
         pl.when(~whole)(lambda: in_chunks(size, shared, if_any))
+
+
+def rows_of_piece(target: Target) -> int:
+    """Rows of a shared block that are multiplied whole or not at all: with fewer the matrix units wait for columns."""
+    return 8 if target.interpreted else LANES
 
 
 def finish_rows_of_group(

@@ -31,7 +31,7 @@ from ..tiles.pallas_tiles import (
 )
 from ..tiles.targets import Target
 from .pallas_ahead import Ahead, GroupVisit, ahead_scratch, can_fetch
-from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, store_piece, total
+from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, rows_of_piece, store_piece, total
 from .pallas_schedule import Visits, fit_rows
 from .spec import GroupedMatmulSpec
 from .tiles import GroupedMatmulTiles
@@ -124,7 +124,7 @@ def quantized_rows(
             steps=steps,
             tail=summed - (steps - 1) * block_sum,
             columns=target.matrix_unit or LANES,
-            shared_rows=8 if target.interpreted else LANES,
+            shared_rows=rows_of_piece(target),
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
             codes_piece=code_piece(target),
         ),

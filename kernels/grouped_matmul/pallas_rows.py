@@ -21,7 +21,15 @@ from ..tiles.pallas_tiles import (
 )
 from ..tiles.targets import Target
 from .pallas_ahead import Ahead, GroupVisit, ahead_scratch, can_fetch
-from .pallas_products import add_product, finish_rows_of_group, in_rows_of_group, scratch, store_piece, total
+from .pallas_products import (
+    add_product,
+    finish_rows_of_group,
+    in_rows_of_group,
+    rows_of_piece,
+    scratch,
+    store_piece,
+    total,
+)
 from .pallas_schedule import Visits, fit_rows
 from .tiles import GroupedMatmulTiles
 
@@ -92,7 +100,7 @@ def rows(
             steps=steps,
             tail=k - (steps - 1) * block_k,
             columns=target.matrix_unit or LANES,
-            shared_rows=8 if target.interpreted else LANES,
+            shared_rows=rows_of_piece(target),
             piece=(16, LANES) if few_registers(target) and saves else elementwise_piece(target),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(

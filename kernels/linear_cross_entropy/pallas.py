@@ -41,7 +41,6 @@ from .pallas_tiling import (
     add_products,
     cap,
     multiply,
-    over_rows,
     parts_of,
     rows_of_strip,
     walk_of,
@@ -342,10 +341,7 @@ def _gradient_kernel(
 
         @pl.when(step == steps - 1)
         def _finish() -> None:
-            def cast(cols: Any) -> None:
-                def cast_rows(at: Any, _: None) -> None:
-                    out_ref[at, cols] = sums_ref[at, cols].astype(out_ref.dtype)
+            def cast(rows: Any, cols: Any) -> None:
+                out_ref[rows, cols] = sums_ref[rows, cols].astype(out_ref.dtype)
 
-                over_rows(out_ref.shape[0], 2 * walk.piece[0], cast_rows, None)
-
-            in_chunks(out_ref.shape[1], walk.piece[1], cast)
+            in_pieces(out_ref.shape, (2 * walk.piece[0], walk.piece[1]), cast)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from ..tiles.pallas_tiles import LANES, contract, few_registers, in_chunks, write_parts
+from ..tiles.pallas_tiles import LANES, contract, few_registers, in_chunks, split_parts
 from ..tiles.targets import Target
 
 NOWHERE = 2**30  # the first row of a tile that is not there
@@ -75,18 +75,22 @@ def walk_strips(
         before, step_before = lax.rem(strip + count - 1, count), jnp.where(strip > 0, step, step - 1)
         first = jnp.where(step_before < 0, NOWHERE, step_before * block_v)
 
-        def add(inner: Any, taken: Any = None) -> None:
+        def add(inner: Any, group: int) -> None:
+            rows = pl.ds(group * walk.turn[0], min(walk.turn[0], block_v - group * walk.turn[0]))
+            product = contract(weight_ref[rows, inner], hidden_ref[cols, inner], (1, 1))
+            strip_ref[rows, :] = product + jnp.where(inner.start == 0, 0, strip_ref[rows, :])
+
+        def turn(inner: Any) -> None:
+            taken = lax.div(inner.start, width) * groups * share
             for group in range(groups):
-                rows = pl.ds(group * walk.turn[0], min(walk.turn[0], block_v - group * walk.turn[0]))
-                product = contract(weight_ref[rows, inner], hidden_ref[cols, inner], (1, 1))
-                strip_ref[rows, :] = product + jnp.where(inner.start == 0, 0, strip_ref[rows, :])
-                for row in () if taken is None else range(group * share, group * share + share, walk.taken[0]):
+                add(inner, group)
+                for row in range(group * share, group * share + share, walk.taken[0]):
                     rows = pl.ds(pl.multiple_of(taken + row, walk.taken[0]), walk.taken[0])
                     take_in_rows(before_ref, before, rows, first)
 
-        in_chunks(turns * width, width, lambda inner: add(inner, lax.div(inner.start, width) * groups * share))
-        if features % width:
-            add(pl.ds(turns * width, features % width))
+        in_chunks(turns * width, width, turn)
+        for group in range(groups if features % width else 0):
+            add(pl.ds(turns * width, features % width), group)
 
     def sum_pair(pair: Any, _: None) -> None:
         for turn in (0, 1):
@@ -95,12 +99,8 @@ def walk_strips(
     lax.fori_loop(0, count // 2, sum_pair, None)
 
     def take_in_last() -> None:
-        over_rows(
-            turns * groups * share,
-            walk.taken[0],
-            lambda rows, _: take_in_rows(strips[1], count - 1, rows, step * block_v),
-            None,
-        )
+        height, first = turns * groups * share, step * block_v
+        in_chunks(height, walk.taken[0], lambda rows: take_in_rows(strips[1], count - 1, rows, first))
 
     if across:
         pl.when(step == steps - 1)(take_in_last)
@@ -166,13 +166,9 @@ def parts_of(block_ref: Any, parts_ref: Any | None, piece: tuple[int, int]) -> C
     """The block's parts by number: itself, or of float32 the three of which it is the sum (see `split_parts`)."""
     if parts_ref is None:
         return lambda part: block_ref
-    height, width = block_ref.shape
-
-    def split(cols: Any) -> None:
-        over_rows(height, piece[0], lambda rows, _: write_parts(parts_ref, rows, cols, block_ref[rows, cols]), None)
-
-    in_chunks(width, piece[1], split)
-    return lambda part: parts_ref.at[part, :, :width]
+    parts_ref = parts_ref.at[:, :, : block_ref.shape[1]]
+    split_parts(block_ref, parts_ref, piece)
+    return lambda part: parts_ref.at[part]
 
 
 def cap(raw: jax.Array, softcap: float | None) -> tuple[jax.Array, jax.Array | float]:
@@ -193,14 +189,3 @@ def whole_and_last(step: Any, steps: Any, block: int, size: int, run: Callable[[
     else:
         pl.when(step < steps - 1)(lambda: run(block))
         pl.when(step == steps - 1)(lambda: run(tail))
-
-
-def over_rows(size: int, piece: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-    """Carry something through a body of slices of that many rows, and of what is left; size is a multiple of 8."""
-
-    def step(index: jax.Array, carry: Any) -> Any:
-        return body(pl.ds(pl.multiple_of(index * piece, piece), piece), carry)
-
-    if size >= piece:
-        carry = lax.fori_loop(0, size // piece, step, carry)
-    return body(pl.ds(size // piece * piece, size % piece), carry) if size % piece else carry

@@ -123,17 +123,13 @@ def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tup
     them.
     """
     room = target.on_chip_bytes * 3 // 4
+    candidates = [(room, stays, passes) for stays in _TPU_BLOCKS for passes in _TPU_BLOCKS if passes <= min(stays, 512)]
     if spec.dtype != "float32":
         most = vmem_budget(target) if kernel == "forward" else room
-        for passes in (4096, 2048, 1024):
-            for stays in (1024, 512):
-                if tpu_bytes(spec, kernel, stays, passes) <= most:
-                    return (passes, stays) if kernel == "dweight" else (stays, passes)
-    for stays in _TPU_BLOCKS:
-        for passes in _TPU_BLOCKS:
-            if passes <= min(stays, 512) and tpu_bytes(spec, kernel, stays, passes) <= room:
-                return (passes, stays) if kernel == "dweight" else (stays, passes)
-    return 128, 128
+        candidates[:0] = [(most, stays, passes) for passes in (4096, 2048, 1024) for stays in (1024, 512)]
+    fitting = (blocks for most, *blocks in candidates if tpu_bytes(spec, kernel, *blocks) <= most)
+    stays, passes = next(fitting, (128, 128))
+    return (passes, stays) if kernel == "dweight" else (stays, passes)
 
 
 def tpu_bytes(spec: LinearCrossEntropySpec, kernel: str, stays: int, passes: int) -> int:

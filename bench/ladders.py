@@ -62,6 +62,7 @@ _PARTS: dict[str, dict[str, dict[str, str]]] = {
 _GPU_ONLY = {  # what TPU kernels do not read, or set themselves
     "attention": ("dq",),
     "grouped_matmul": ("forward.block_m", "dlhs.block_m", "drhs.block_k"),
+    "linear_cross_entropy": ("dhidden",),
 }
 _SKINNY = {"skinny_n": "n", "skinny_k": "k"}  # in place of matmul's blocks where rows are few
 

@@ -1,9 +1,9 @@
 """Linear cross-entropy for TPUs, after Cut Cross-Entropy (Wijmans et al., arXiv:2411.09009).
 
-Three kernels, each with one tile of rows that stays in VMEM while tiles of the other operand pass by: of tokens in the
-forward, which keeps a running peak and sum of exponentials (Milakov & Gimelshein, arXiv:1805.02867), and for dhidden;
-of the vocabulary for dweight. The backward kernels compute the tiles of logits again, and sum in float32 in VMEM:
-nothing but the results leaves it.
+Two kernels, each with one tile of rows that stays in VMEM while tiles of the other operand pass by: of tokens in the
+forward, which keeps a running peak and sum of exponentials (Milakov & Gimelshein, arXiv:1805.02867); of the vocabulary
+in the backward, which computes the tiles of logits again. It sums dweight in VMEM, where dhidden of all tokens has no
+room: its float32 sums pass by with the tokens, and what the tile adds to them is written back (`pallas_passing.py`).
 
 Tiles of logits lie as [vocab, tokens], so that what belongs to a token is a row along the lanes. Of 16-bit types a tile
 is never whole: two strips of its columns take turns, of which one is summed by the matrix unit while the vector units
@@ -31,11 +31,13 @@ from ..tiles.pallas_tiles import (
     fold,
     in_chunks,
     in_pieces,
+    round_up,
     write_parts,
 )
 from ..tiles.reasons import pallas_reasons
 from ..tiles.targets import Target
 from ..tiles.tpu_blocks import vmem_budget
+from .pallas_passing import PassingSums, passing_scratch
 from .pallas_tiling import (
     Walk,
     add_products,
@@ -48,7 +50,7 @@ from .pallas_tiling import (
     whole_and_last,
 )
 from .spec import IGNORED, LinearCrossEntropySpec
-from .tiles import LinearCrossEntropyConfig, tpu_bytes
+from .tiles import LinearCrossEntropyConfig, LinearCrossEntropyTiles, passing_columns, tpu_bytes
 
 Result = jax.Array | None
 
@@ -56,7 +58,7 @@ Result = jax.Array | None
 def supports(spec: LinearCrossEntropySpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
     """Reasons why these kernels cannot run, with what would mend it; () if they can."""
     reasons = pallas_reasons(target, dtype=spec.dtype)
-    needed = max(tpu_bytes(spec, kernel, LANES, LANES) for kernel in (("forward", "dhidden")[: 1 + needs_grad]))
+    needed = max(tpu_bytes(spec, kernel, LANES, LANES) for kernel in (("forward", "backward")[: 1 + needs_grad]))
     if target.is_tpu and needed > vmem_budget(target):
         reasons.append(
             f"hidden: {spec.features} features; the smallest tiles of {spec.dtype} take {needed} bytes of VMEM of the "
@@ -124,57 +126,62 @@ def backward(
     rows: list[Result] = [targets[:, None, :]]
     for statistic in (outputs[0], *gradients):
         rows.append(None if statistic is None else jnp.where(counted, statistic, 0)[:, None, :])
-    run = partial(_gradient, spec, target, hidden, weight, rows)
-    return run(config.dhidden, "dhidden"), run(config.dweight, "dweight"), None
+    return *_gradients(spec, config.dweight, target, hidden, weight, rows), None
 
 
-def _gradient(
+def _gradients(
     spec: LinearCrossEntropySpec,
+    tiles: LinearCrossEntropyTiles,
     target: Target,
     hidden: jax.Array,
     weight: jax.Array,
     per_token: list[Result],
-    tiles: Any,
-    name: str,
-) -> jax.Array:
-    """dhidden or dweight: the tile of rows that it has stays, the tiles of the other pass by."""
+) -> tuple[jax.Array, jax.Array]:
+    """dhidden and dweight: a tile of the vocabulary stays while the tokens pass by, and with them the sums of dhidden.
+
+    Each core of a device takes a share of the vocabulary, and has sums of dhidden of its own.
+    """
     (batch, tokens, features), vocab = hidden.shape, weight.shape[1]
-    of_tokens = name == "dhidden"
     block_t = fit_block("block_tokens", tiles.block_tokens, tokens, target)
     block_v = fit_block("block_vocab", tiles.block_vocab, vocab, target)
-    counts = (pl.cdiv(tokens, block_t), pl.cdiv(vocab, block_v))
+    walk = walk_of(target, turned=True)
+    count, unit = pl.cdiv(vocab, block_v), walk.columns
+    width = unit if target.interpreted else passing_columns(features, block_t, unit)
+    shares = min(1 + target.siblings, count)
+    steps = pl.cdiv(count, shares)
 
-    def index(b: Any, outer: Any, inner: Any) -> tuple[Any, Any, Any]:
-        return (b, outer, inner) if of_tokens else (b, inner, outer)
+    def vocab_index(b: Any, share: Any, step: Any, _: Any) -> tuple[Any, Any, Any]:
+        # Without a tile of its own a step keeps the one before, and leaves it as it is.
+        return b, jnp.minimum(share * steps + step, count - 1), 0
 
-    tokens_spec = pl.BlockSpec((None, block_t, features), lambda *at: (index(*at)[0], index(*at)[1], 0))
-    vocab_spec = pl.BlockSpec((None, block_v, features), lambda *at: (index(*at)[0], index(*at)[2], 0))
-    row_spec = pl.BlockSpec((None, 1, block_t), lambda *at: (index(*at)[0], 0, index(*at)[1]))
-    walk = walk_of(target, turned=of_tokens)
-    stays, block = (hidden, block_t) if of_tokens else (weight, block_v)
+    vocab_spec = pl.BlockSpec((None, block_v, features), vocab_index)
+    row_spec = pl.BlockSpec((None, 1, block_t), lambda b, share, step, i: (b, 0, i))
+    sums = round_up(tokens, block_t), round_up(features, width)
     parts, kind = (3, jnp.bfloat16) if spec.dtype == "float32" else (1, hidden.dtype)
-    scratch = _logits_scratch(spec, walk, block_t, block_v)
+    scratch = _logits_scratch(spec, walk, block_t, block_v) | passing_scratch(sums, (block_t, width))
     rows = scratch["strips"][0].shape[0] if "strips" in scratch else block_v
-    scratch["dlogits_ref"] = pltpu.VMEM((parts, *((block_t, rows) if of_tokens else (rows, block_t))), kind)
+    scratch["dlogits_ref"] = pltpu.VMEM((parts, rows, block_t), kind)
+    scratch["turned_ref"] = pltpu.VMEM((parts, block_t, rows), kind)
     if spec.dtype != "float32":
-        scratch["sums_ref"] = pltpu.VMEM((block, features), jnp.float32)
-    return pl.pallas_call(
-        partial(
-            _gradient_kernel,
-            softcap=spec.softcap,
-            size=vocab if of_tokens else tokens,
-            block_v=block_v,
-            of_tokens=of_tokens,
-            walk=walk,
-        ),
-        grid=(batch, *(counts if of_tokens else counts[::-1])),
-        in_specs=[tokens_spec, vocab_spec, *(None if row is None else row_spec for row in per_token)],
-        out_specs=tokens_spec if of_tokens else vocab_spec,
-        out_shape=jax.ShapeDtypeStruct(stays.shape, stays.dtype),
+        scratch["dweight_sums_ref"] = pltpu.VMEM((block_v, features), jnp.float32)
+    dhidden, dweight = pl.pallas_call(
+        partial(_gradients_kernel, softcap=spec.softcap, tokens=tokens, vocab=vocab, block_v=block_v, walk=walk),
+        grid=(batch, shares, steps, pl.cdiv(tokens, block_t)),
+        in_specs=[
+            pl.BlockSpec((None, block_t, features), lambda b, share, step, i: (b, i, 0)),
+            vocab_spec,
+            *(None if row is None else row_spec for row in per_token),
+        ],
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY), vocab_spec],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, shares, *sums), jnp.float32),
+            jax.ShapeDtypeStruct(weight.shape, weight.dtype),
+        ],
         scratch_shapes=scratch,
-        name=f"linear_cross_entropy_{name}",
-        **call_params(target, ("parallel", "parallel", "arbitrary")),
+        name="linear_cross_entropy_backward",
+        **call_params(target, ("parallel", "parallel", "arbitrary", "arbitrary")),
     )(hidden, weight, *per_token)
+    return dhidden[:, :, :tokens, :features].sum(axis=1).astype(hidden.dtype), dweight
 
 
 def _logits_scratch(spec: LinearCrossEntropySpec, walk: Walk, block_t: int, block_v: int) -> dict[str, Any]:
@@ -256,7 +263,7 @@ def _forward_kernel(
                 ref[...] = jnp.where(counted, jnp.sum(sums[...], axis=0, keepdims=True), 0)
 
 
-def _gradient_kernel(
+def _gradients_kernel(
     hidden_ref: Any,
     weight_ref: Any,
     targets_ref: Any,
@@ -264,84 +271,103 @@ def _gradient_kernel(
     dlse_ref: Any | None,
     dtarget_ref: Any | None,
     dsum_ref: Any | None,
-    out_ref: Any,
+    dhidden_ref: Any,
+    dweight_ref: Any,
     *,
     dlogits_ref: Any,
-    sums_ref: Any = None,
+    turned_ref: Any,
+    parts_ref: Any,
+    read: Any,
+    written: Any,
+    dweight_sums_ref: Any = None,
     logits_ref: Any = None,
     strips: Any = (),
     hidden_parts: Any | None = None,
     weight_parts: Any | None = None,
     softcap: float | None,
-    size: int,
+    tokens: int,
+    vocab: int,
     block_v: int,
-    of_tokens: bool,
     walk: Walk,
 ) -> None:
-    """A tile of logits [vocab, tokens], its gradient, and what that adds to a tile of dhidden or of dweight.
+    """A tile of logits [vocab, tokens], its gradient, that turned, and what they add to dweight and to dhidden."""
+    batch, share, step, inner = (pl.program_id(axis) for axis in range(4))
+    steps, inners, count = pl.num_programs(2), pl.num_programs(3), pl.cdiv(vocab, block_v)
+    tile, (block_t, features) = share * steps + step, hidden_ref.shape
+    passes = jnp.minimum(steps, count - share * steps)
+    passing = PassingSums(dhidden_ref.at[batch, share], parts_ref, read, written, passes)
+    sums_ref = dweight_ref if dweight_sums_ref is None else dweight_sums_ref  # float32 results are their own sums
+    width = parts_ref.shape[2]
 
-    For dhidden the gradient lies turned, [tokens, vocab], so that the sum is along its columns in either.
-    """
-    sums_ref = out_ref if sums_ref is None else sums_ref  # float32 results are their own sums
-    step, steps, block_t = pl.program_id(2), pl.num_programs(2), hidden_ref.shape[0]
-    first = (step if of_tokens else pl.program_id(1)) * block_v
-
-    def gradient_of(logits: jax.Array, row: Any, cols: Any) -> jax.Array:
-        """That of some rows of the logits of some tokens, from that row of the tile on."""
+    def differentiate(logits: jax.Array, rows: Any, cols: Any, _: Any) -> None:
+        """Write the gradient of some rows of the logits of some tokens."""
         logits, slope = cap(logits, softcap)
         gradient = jnp.zeros_like(logits)
         if dlse_ref is not None:
             gradient += jnp.exp(logits - lse_ref[:, cols]) * dlse_ref[:, cols]
         if dtarget_ref is not None:
-            row = row + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
-            gradient += jnp.where(row == targets_ref[:, cols] - first, dtarget_ref[:, cols], 0)
+            row = rows.start + lax.broadcasted_iota(jnp.int32, logits.shape, 0)
+            gradient += jnp.where(row == targets_ref[:, cols] - tile * block_v, dtarget_ref[:, cols], 0)
         if dsum_ref is not None:
             gradient += dsum_ref[:, cols]
         gradient = gradient if softcap is None else gradient * slope
-        return jnp.where(targets_ref[:, cols] != IGNORED, gradient, 0)
+        gradient = jnp.where(targets_ref[:, cols] != IGNORED, gradient, 0)
+        write_parts(dlogits_ref, rows, cols, gradient)
+        write_parts(turned_ref, cols, rows, gradient.T)
 
-    def write(gradient: jax.Array, rows: Any, cols: Any) -> None:
-        if of_tokens:
-            write_parts(dlogits_ref, cols, rows, gradient.T)
+    def add(cols: Any) -> None:
+        """What the tile adds to the columns of a part."""
+
+        def add_to_dweight(length: int) -> None:
+            _add_products(
+                sums_ref.at[:, cols], dlogits_ref, hidden_ref.at[:, cols], hidden_parts, walk, length, inner == 0
+            )
+
+        def add_to_dhidden(part_ref: Any, first: Any) -> None:
+            part_ref, block_ref = part_ref.at[:, : cols.size], weight_ref.at[:, cols]
+            whole_and_last(
+                tile, count, block_v, vocab,
+                lambda length: _add_products(part_ref, turned_ref, block_ref, weight_parts, walk, length, first),
+            )  # fmt: skip
+
+        whole_and_last(inner, inners, block_t, tokens, add_to_dweight)
+        number = (step * inners + inner) * pl.cdiv(features, width) + lax.div(cols.start, width)
+        passing.add(number, add_to_dhidden)
+
+    @pl.when(tile < count)
+    def _tile() -> None:
+        if strips:
+            walk_strips(walk, hidden_ref, weight_ref, strips, block_v, differentiate)
         else:
-            write_parts(dlogits_ref, rows, cols, gradient)
+            multiply((hidden_ref, hidden_parts), (weight_ref, weight_parts), logits_ref, walk)
+            in_pieces(
+                logits_ref.shape,
+                (LANES, LANES),
+                lambda rows, cols: differentiate(logits_ref[rows, cols], rows, cols, None),
+            )
+        in_chunks(features, width, add)
 
-    if strips:
+        if sums_ref is not dweight_ref:
 
-        def differentiate(logits: jax.Array, rows: Any, cols: Any, _: Any) -> None:
-            write(gradient_of(logits, rows.start, cols), rows, cols)
+            @pl.when(inner == inners - 1)
+            def _finish() -> None:
+                def cast(rows: Any, cols: Any) -> None:
+                    dweight_ref[rows, cols] = sums_ref[rows, cols].astype(dweight_ref.dtype)
 
-        walk_strips(walk, hidden_ref, weight_ref, strips, block_v, differentiate)
-    else:
-        multiply((hidden_ref, hidden_parts), (weight_ref, weight_parts), logits_ref, walk)
+                in_pieces(dweight_ref.shape, (2 * walk.piece[0], walk.piece[1]), cast)
 
-        def differentiate_in_place(rows: Any, cols: Any) -> None:
-            logits_ref[rows, cols] = gradient_of(logits_ref[rows, cols], rows.start, cols)
 
-        in_pieces(logits_ref.shape, walk.piece, differentiate_in_place)
-        in_pieces(logits_ref.shape, (LANES, LANES), lambda rows, cols: write(logits_ref[rows, cols], rows, cols))
+def _add_products(
+    sums_ref: Any, left_ref: Any, right_ref: Any, right_parts: Any | None, walk: Walk, length: int, first: Any
+) -> None:
+    """Add left @ right, or that of their parts, summed along no more than a length; the first time nothing is there."""
 
-    def add(length: int) -> None:
-        """The first `length` of this step's rows: those that the sum is along."""
+    def add_columns(cols: Any) -> None:
+        rows = parts_of(right_ref.at[:, cols], right_parts, walk.piece)
 
-        def add_columns(cols: Any) -> None:
-            block, parts = (weight_ref, weight_parts) if of_tokens else (hidden_ref, hidden_parts)
-            rows = parts_of(block.at[:, cols], parts, walk.piece)
+        def product(p: Any, q: Any) -> jax.Array:
+            return contract(left_ref[p, : sums_ref.shape[0], :length], rows(q)[:length, :], (1, 0))
 
-            def product(p: Any, q: Any) -> jax.Array:
-                return contract(dlogits_ref[p, : sums_ref.shape[0], :length], rows(q)[:length, :], (1, 0))
+        add_products(sums_ref, cols, product, left_ref.shape[0] > 1, first)
 
-            add_products(sums_ref, cols, product, dlogits_ref.shape[0] > 1, step == 0)
-
-        in_chunks(sums_ref.shape[1], walk.columns, add_columns, walk.at_once)
-
-    whole_and_last(step, steps, block_v if of_tokens else block_t, size, add)
-
-    if sums_ref is not out_ref:
-
-        @pl.when(step == steps - 1)
-        def _finish() -> None:
-            def cast(rows: Any, cols: Any) -> None:
-                out_ref[rows, cols] = sums_ref[rows, cols].astype(out_ref.dtype)
-
-            in_pieces(out_ref.shape, (2 * walk.piece[0], walk.piece[1]), cast)
+    in_chunks(sums_ref.shape[1], walk.columns, add_columns, walk.at_once)

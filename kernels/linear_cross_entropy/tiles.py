@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..tiles.targets import MIB, Target
-from ..tiles.tpu_blocks import vmem_budget
+from ..tiles.tpu_blocks import even_block, vmem_budget
 from .spec import LinearCrossEntropySpec
 
 
@@ -28,8 +28,9 @@ class LinearCrossEntropyTiles:
 class LinearCrossEntropyConfig:
     """Tiles of the products: logits (forward, and again in the backward), dhidden and dweight.
 
-    span, part_tokens and part_vocab are for GPUs: how many tiles of the vocabulary a program of the forward walks; for
-    how many tokens dhidden is summed at a time, in float32; and for how many rows of the vocabulary dweight is.
+    A TPU has one kernel for the whole backward, with dweight's tiles. span, part_tokens and part_vocab are for GPUs:
+    how many tiles of the vocabulary a program of the forward walks; for how many tokens dhidden is summed at a time, in
+    float32; and for how many rows of the vocabulary dweight is.
     """
 
     forward: LinearCrossEntropyTiles
@@ -67,11 +68,10 @@ def fits(
     """Whether a TPU's VMEM holds the rows of its tiles, which are as long as the call's features."""
     if not target.is_tpu:
         return True
-    forward, dhidden, dweight = config.forward, config.dhidden, config.dweight
+    forward, backward = config.forward, config.dweight
     needed = (
         tpu_bytes(spec, "forward", forward.block_tokens, forward.block_vocab),
-        tpu_bytes(spec, "dhidden", dhidden.block_tokens, dhidden.block_vocab),
-        tpu_bytes(spec, "dweight", dweight.block_vocab, dweight.block_tokens),
+        tpu_bytes(spec, "backward", backward.block_tokens, backward.block_vocab),
     )
     return max(needed) <= vmem_budget(target)
 
@@ -97,6 +97,8 @@ _INTERPRET = LinearCrossEntropyConfig(
     _T(32, 32, 32), _T(32, 32, 32), _T(32, 32, 32), span=2, part_tokens=32, part_vocab=32
 )
 _TPU_BLOCKS = (1024, 512, 256, 128)
+_TPU_BACKWARD = ((1024, 2048), (1024, 1024), (512, 1024), (512, 512), (256, 512), (256, 256), (128, 256), (128, 128))
+PASSING_SLOTS = 4  # of float32 sums of dhidden: one part is added to, those to come are read, those before are written
 
 
 def choose_config(
@@ -106,10 +108,8 @@ def choose_config(
     if target.interpreted:
         return _INTERPRET
     if target.is_tpu:
-        forward, dhidden, dweight = (
-            _T(*tpu_blocks(spec, target, kernel)) for kernel in ("forward", "dhidden", "dweight")
-        )
-        return LinearCrossEntropyConfig(forward, dhidden, dweight)
+        forward, backward = (_T(*tpu_blocks(spec, target, kernel)) for kernel in ("forward", "backward"))
+        return LinearCrossEntropyConfig(forward, backward, backward)
     if spec.dtype == "float32":
         return _FLOAT32_SM_80 if target.name == "sm_80" else _FLOAT32_GPU
     return _NARROW_GPU[target.name]
@@ -118,30 +118,38 @@ def choose_config(
 def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tuple[int, int]:
     """Tokens and rows of the vocabulary of a tile: the largest whose rows, with all their features, fit the VMEM.
 
-    The rows that stay are more than those that pass by: each byte that passes is then used more often. But kernels of
-    16-bit types take as many rows that pass by at a time as they can, since each step has work that does not grow with
+    The rows that stay are more than those that pass by: each byte that passes is then used more often. But a forward of
+    a 16-bit type takes as many rows that pass by at a time as it can, since each step has work that does not grow with
     them.
     """
     room = target.on_chip_bytes * 3 // 4
     candidates = [(room, stays, passes) for stays in _TPU_BLOCKS for passes in _TPU_BLOCKS if passes <= min(stays, 512)]
-    if spec.dtype != "float32":
-        most = vmem_budget(target) if kernel == "forward" else room
+    if kernel == "backward":
+        candidates = [(room if spec.dtype == "float32" else vmem_budget(target), *blocks) for blocks in _TPU_BACKWARD]
+    elif spec.dtype != "float32":
+        most = vmem_budget(target)
         candidates[:0] = [(most, stays, passes) for passes in (4096, 2048, 1024) for stays in (1024, 512)]
     fitting = (blocks for most, *blocks in candidates if tpu_bytes(spec, kernel, *blocks) <= most)
-    stays, passes = next(fitting, (128, 128))
-    return (passes, stays) if kernel == "dweight" else (stays, passes)
+    first, second = next(fitting, (128, 128))
+    return first, second
 
 
-def tpu_bytes(spec: LinearCrossEntropySpec, kernel: str, stays: int, passes: int) -> int:
+def tpu_bytes(spec: LinearCrossEntropySpec, kernel: str, tokens: int, vocab: int) -> int:
     """VMEM of a kernel: its blocks twice, since the next is fetched meanwhile, its sums, and a tile of logits."""
     item = 4 if spec.dtype == "float32" else 2
     features = -(-spec.features // 128) * 128
-    needed = 2 * (stays + passes) * features * item + stays * passes * 4
-    if kernel != "forward":
-        needed += 2 * stays * features * item  # the result
-        needed += stays * passes * 2 * (3 if item == 4 else 1)  # the gradient of the logits
+    needed = 2 * (tokens + vocab) * features * item + tokens * vocab * 4
+    if kernel == "backward":
+        needed += 2 * vocab * features * item  # dweight
+        needed += 2 * tokens * vocab * 2 * (3 if item == 4 else 1)  # the gradient of the logits, and that turned
+        needed += PASSING_SLOTS * tokens * passing_columns(spec.features, tokens) * 4
         if item < 4:
-            needed += stays * features * 4  # the result's sums
+            needed += vocab * features * 4  # dweight's sums
     if item == 4:
-        needed += (stays + passes) * 512 * 6  # the three parts of some features
+        needed += (tokens + vocab) * 512 * 6  # the three parts of some features
     return needed + MIB // 2
+
+
+def passing_columns(features: int, block_tokens: int, unit: int = 256) -> int:
+    """How many columns of dhidden's sums pass by together, a multiple of the unit: the more, the fewer pauses."""
+    return even_block(min(4 * block_tokens, 2048), features, unit)

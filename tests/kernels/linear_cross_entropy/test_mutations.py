@@ -28,6 +28,7 @@ pytest.importorskip("triton")
 ALL = Problem(tokens=40, vocab=70, features=40, softcap=3.0)
 CHECKED = {"all": ALL, "parts": replace(ALL, softcap=None), "batch": replace(ALL, tokens=20, vocab=40, batch=2)}
 CHECKED["strips"] = replace(ALL, tokens=64)  # an even number of strips of a tile: one is taken in while one is summed
+CHECKED["cores"] = ALL  # three tiles of the vocabulary on two cores
 
 
 class Mutation(NamedTuple):
@@ -40,7 +41,8 @@ class Mutation(NamedTuple):
     problem: str = "all"
 
 
-T, B, C, P, Q, R = "triton", "triton_backward", "triton_common", "pallas", "pallas_tiling", "reference"
+T, B, C, R = "triton", "triton_backward", "triton_common", "reference"
+P, Q, S = "pallas", "pallas_tiling", "pallas_passing"
 MUTATIONS = (
     Mutation("places past the vocabulary weigh", T,
              "if not EVEN_V:\n            logits = tl", "if False:\n            logits = tl"),
@@ -83,8 +85,16 @@ MUTATIONS = (
              "hidden = jnp.where(counted[..., None], hidden, 0)", "hidden = hidden"),
     Mutation("sums start from what was there", Q, "jnp.where(first, 0, sums_ref[:, cols])", "sums_ref[:, cols]"),
     Mutation("parts start from what was there", Q, "first & (number == 0)", "number < 0", "parts"),
-    Mutation("the vocabulary's tile of the wrong step", P,
-             "(step if of_tokens else pl.program_id(1)) * block_v", "step * block_v"),
+    Mutation("the vocabulary's tile of the wrong step", P, "- tile * block_v, dtarget", "- inner * block_v, dtarget"),
+    Mutation("a core's tiles begin with the first", P,
+             "tile, (block_t, features) = share * steps + step", "tile, (block_t, features) = step", "cores"),
+    Mutation("the last tile counts for a core without", P, "pl.when(tile < count)", "pl.when(tile >= 0)", "cores"),
+    Mutation("the last core's sums alone", P, ".sum(axis=1).astype", "[:, -1].astype", "cores"),
+    Mutation("passing sums start from what was there", S, "number < per_pass)", "number < 0)"),
+    Mutation("passing sums start anew", S, "number < per_pass)", "number >= 0)"),
+    Mutation("the part before", S, "part = lax.rem(number, self", "part = lax.rem(number + 1, self"),
+    Mutation("the first part only of a row", S, "lax.rem(part, of_row) * width", "0 * width"),
+    Mutation("a slot keeps its last part", S, "self._read(coming).start()", "None"),
     Mutation("small parts forgotten", Q, "((2, 0), (0, 2), (1, 1), (1, 0), (0, 1), (0, 0))", "((0, 0),)", "parts"),
     Mutation("not turned", P, "cols, rows, gradient.T)", "cols, rows, gradient)", "strips"),
     Mutation("the strip before is of this step", Q, "jnp.where(strip > 0, step, step - 1)", "step", "strips"),
@@ -119,10 +129,11 @@ def worst(kernel: str, module: ModuleType, name: str) -> float:
     elif kernel == T:
         ours = interpreted(module, problem, arrays)
     else:
+        target = replace(INTERPRET, siblings=int(name == "cores"))
 
         def run(inputs, gradients):
-            statistics = module.forward(problem.spec, config, INTERPRET, *inputs)
-            found = module.backward(problem.spec, config, INTERPRET, inputs, statistics, gradients)
+            statistics = module.forward(problem.spec, config, target, *inputs)
+            found = module.backward(problem.spec, config, target, inputs, statistics, gradients)
             return named(statistics, found)
 
         compiled = jax.jit(run, compiler_options={"xla_backend_optimization_level": 0})

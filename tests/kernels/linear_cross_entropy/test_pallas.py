@@ -5,6 +5,8 @@ The interpreter fills what lies outside an array, and scratch before it is writt
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +29,13 @@ from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, get_target
 from crosstile.kernels.tiles.tpu_blocks import vmem_budget
 
 
-def forward_and_backward(problem: Problem, arrays: dict, config=None) -> dict:
+def forward_and_backward(problem: Problem, arrays: dict, config=None, target=INTERPRET) -> dict:
     """The statistics and the gradients, by name."""
     config = config or choose_config(problem.spec, INTERPRET)
     inputs = tuple(arrays[name] for name in INPUTS)
-    statistics = kernels.forward(problem.spec, config, INTERPRET, *inputs)
+    statistics = kernels.forward(problem.spec, config, target, *inputs)
     given = tuple(arrays.get(name) for name in GRADIENTS)
-    gradients = kernels.backward(problem.spec, config, INTERPRET, inputs, statistics, given)
+    gradients = kernels.backward(problem.spec, config, target, inputs, statistics, given)
     return named(statistics, gradients)
 
 
@@ -47,8 +49,8 @@ def native(problem: Problem) -> dict:
     return arrays | {name: arrays[name].astype(problem.dtype) for name in ("hidden", "weight")}
 
 
-def check(problem: Problem, config=None) -> None:
-    ours = compiled(lambda arrays: forward_and_backward(problem, arrays, config))(native(problem))
+def check(problem: Problem, config=None, target=INTERPRET) -> None:
+    ours = compiled(lambda arrays: forward_and_backward(problem, arrays, config, target))(native(problem))
     assert {ours[name].dtype.name for name in ("dhidden", "dweight")} == {problem.dtype}
     found = multiples(ours, problem.answers(problem.dtype), problem.answers(), problem.dtype)
     assert {name: multiple for name, multiple in found.items() if not multiple <= 1} == {}
@@ -136,13 +138,19 @@ def test_two_runs_are_bit_equal():
         np.testing.assert_array_equal(result, second[name], err_msg=name)
 
 
-def test_races_and_reads_before_writes():
+@pytest.mark.parametrize("features", [16, 40], ids=["two parts pass by", "six parts"])
+def test_races_and_reads_before_writes(features):
     """The strict interpreter, which simulates a chip's copies and memories, finds no race and no read of nothing."""
-    problem = Problem(tokens=12, vocab=20, features=16, dtype="bfloat16")
+    problem = Problem(tokens=12, vocab=40, features=features, dtype="bfloat16")
     tiles = LinearCrossEntropyTiles(8, 16)
     with interpreter(pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")):
         check(problem, LinearCrossEntropyConfig(tiles, tiles, tiles))
     assert not interpret_pallas_call.races.races_found
+
+
+@pytest.mark.parametrize("vocab", [20, 60, 70], ids=["one tile", "two tiles", "three tiles"])
+def test_two_cores_share_the_vocabulary(vocab):
+    check(Problem(tokens=40, vocab=vocab, dtype="bfloat16"), target=replace(INTERPRET, siblings=1))
 
 
 def test_tiles_fit_the_memory_of_every_chip():
@@ -153,8 +161,7 @@ def test_tiles_fit_the_memory_of_every_chip():
                 config = choose_config(spec, target)
                 needed = max(
                     tpu_bytes(spec, "forward", config.forward.block_tokens, config.forward.block_vocab),
-                    tpu_bytes(spec, "dhidden", config.dhidden.block_tokens, config.dhidden.block_vocab),
-                    tpu_bytes(spec, "dweight", config.dweight.block_vocab, config.dweight.block_tokens),
+                    tpu_bytes(spec, "backward", config.dweight.block_tokens, config.dweight.block_vocab),
                 )
                 assert bool(kernels.supports(spec, target, True)) == (needed > vmem_budget(target))
 

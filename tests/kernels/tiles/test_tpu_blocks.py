@@ -80,7 +80,7 @@ BLOCK_FIELDS = {
     "matmul": ("block_m", "block_n", "block_k"),
     "glu_matmul": ("dw.block_m", "dw.block_n", "dw.block_k"),
     "grouped_matmul": ("dlhs.block_n", "dlhs.block_k"),
-    "linear_cross_entropy": ("dhidden.block_tokens", "dhidden.block_vocab"),
+    "linear_cross_entropy": ("dweight.block_tokens", "dweight.block_vocab"),
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from math import gcd
 from typing import Any
 
 import jax
@@ -31,7 +33,7 @@ from ..tiles.pallas_tiles import (
 )
 from ..tiles.targets import Target
 from .pallas_scores import FUNCTIONS, Place, Scores, full, spread
-from .pallas_tiling import Tiling
+from .pallas_tiling import Seen, Tiling
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
@@ -59,18 +61,15 @@ def backward(
     )
     scalars = tuple(array for array in (*lengths, arrays.dkv_runs, arrays.dropout_seed) if array is not None)
     block_q, block_kv, kv_padded = tiling.block_q, tiling.block_kv, round_up(kv_len, tiling.block_kv)
-    # dq is summed, and then written, for a stretch of queries and as many heads of the group as VMEM holds a tile of.
-    width = round_up(head_dim, LANES) + round_up(v_dim, LANES)  # what a row of both takes in VMEM
-    key_bytes = (2 * width + head_dim) * k.dtype.itemsize + (4 + 2 * 4) * width
-    room = stretch_room(block_kv * key_bytes, target)
-    operand_bytes, head_bytes = 2 * width * q.dtype.itemsize, head_dim * (4 + 2 * q.dtype.itemsize)
-    for plane in scores.planes:
-        operand_bytes += 2 * (block_kv if plane.whole else SUBLANES) * plane.itemsize if plane.queries else 0
-    fitting = (room // block_q - operand_bytes) // head_bytes
-    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, fitting))
-    splits = group // heads
-    major, stretches = stretch(q_len, block_q, operand_bytes + heads * head_bytes, room)
-    q_padded = major * stretches
+    plane_bytes = sum(
+        2 * (block_kv if plane.whole else SUBLANES) * plane.itemsize for plane in scores.planes if plane.queries
+    )
+    tiling, major, stretches, heads = held(tiling, arrays, plane_bytes, target)
+    splits, q_padded = group // heads, round_up(q_len, block_q) if tiling.follows else major * stretches
+
+    def first_seen(b: Any, j: Any, scalars: Any) -> Any:
+        """The first tile of queries that a tile of keys is seen by."""
+        return tiling.sequence(b, scalars).visible_q(j * block_kv)[0]
 
     def q_head(b: Any, h: Any, s: Any, j: Any, g: Any, *scalars: Any) -> Any:
         # Keys that no query of the stretch sees repeat the last head: nothing is fetched for them.
@@ -83,7 +82,16 @@ def backward(
         return h * heads + jnp.where(visible, g, heads - 1)
 
     def per_query(size: int) -> pl.BlockSpec:
+        if tiling.follows:  # positions, and else numbers of blocks; what is past the last query is not read
+            return pl.BlockSpec(
+                (None, None, pl.Element(size), pl.Element(major, (0, major))),
+                lambda b, h, _, j, g, *scalars: (b, h * heads + g, 0, first_seen(b, j, scalars) * block_q),
+            )
         return pl.BlockSpec((None, None, size, major), lambda *step: (step[0], q_head(*step), 0, step[2]))
+
+    def complete(b: Any, h: Any, s: Any, j: Any, g: Any, *scalars: Any) -> Any:
+        """The block of dq that a step writes: the first tile that sees the keys sees none after them."""
+        return (b, h * heads + g, 0, first_seen(b, j, scalars)) if tiling.follows else (b, h, 0, s)
 
     def kv_rows(dim: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, block_kv, dim), lambda b, h, s, j, *_: (b, lax.div(h, splits), j, 0))
@@ -109,7 +117,9 @@ def backward(
                 ),
             ],
             out_specs=[
-                pl.BlockSpec((None, heads, head_dim, major), lambda b, h, s, *_: (b, h, 0, s)),
+                pl.BlockSpec(
+                    (None, *((1, head_dim, block_q) if tiling.follows else (heads, head_dim, major))), complete
+                ),
                 partial_sum(head_dim),
                 partial_sum(v_dim),
             ],
@@ -149,20 +159,45 @@ def backward(
     return dq[..., :q_len].transpose(0, 3, 1, 2), dk, dv
 
 
+def held(tiling: Tiling, arrays: AttentionInputs, plane_bytes: int, target: Target) -> tuple[Tiling, int, int, int]:
+    """How many queries VMEM holds, in how many stretches of them, and of how many heads of a group the sums of dq.
+
+    dq is summed, and then written, for a stretch of queries. Where windows end with their query, those that see a tile
+    of keys are fewer: the kernel may hold them alone, and writes a tile of dq as soon as the last of its keys is past.
+    plane_bytes: of the planes for a query.
+    """
+    q, k, v = arrays[:3]
+    group, (q_len, kv_len), block_q = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1]), tiling.block_q
+    width = round_up(q.shape[3], LANES) + round_up(v.shape[3], LANES)  # what a row of both takes in VMEM
+    key_bytes = (2 * width + q.shape[3]) * k.dtype.itemsize + (4 + 2 * 4) * width
+    room = stretch_room(tiling.block_kv * key_bytes, target)
+    operand_bytes = 2 * width * q.dtype.itemsize + plane_bytes
+    result_bytes = 2 * q.shape[3] * q.dtype.itemsize
+    head_bytes = q.shape[3] * 4 + result_bytes
+    fitting = (room // block_q - operand_bytes) // head_bytes
+    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, fitting))
+    major, stretches = stretch(q_len, block_q, operand_bytes + heads * head_bytes, room)
+    seen = tiling.most_queries * block_q
+    follow_bytes = seen * (operand_bytes + group * q.shape[3] * 4) + block_q * result_bytes
+    if 0 < seen < q_len and heads * stretches > 1 and kv_len >= q_len and not plane_bytes and follow_bytes <= room:
+        return replace(tiling, follows=True), seen, 1, group
+    return tiling, major, stretches, heads
+
+
 def slope_of(spec: AttentionSpec, variable: Any = SCORE) -> Any:
     """By how much the score of the call grows with the raw score, or another leaf, as an expression."""
     return derivative(SCORE if spec.score is None else spec.score, variable)
 
 
 def weigh(
-    scores: Scores, slope: Any, products: jax.Array, dweights: Any, rows: tuple[Any, Any], place: Place, masked: bool
+    scores: Scores, slope: Any, products: jax.Array, dweights: Any, rows: tuple[Any, Any], place: Place, seen: Seen
 ) -> Any:
     """Of a folded tile: the weights, and the gradient of what the score has the slope for; 0 where it is not seen.
 
     `rows` are lse and delta. The weights are those that stay, not yet made larger.
     """
     lse, delta = rows
-    found, values = scores.of_tile(products, place, masked)
+    found, values = scores.of_tile(products, place, seen is not Seen.WHOLE, seen)
     weights = jnp.exp2(found - lse)
     if scores.dropout:
         dweights = scores.dropped(dweights / (1 - scores.dropout), place)
@@ -190,19 +225,26 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
     few = scores.rows_of(tiling)
     b, key, head = pl.program_id(0), pl.program_id(3) * block_kv, pl.program_id(4)
     q_head = pl.program_id(1) * dq_acc.shape[0] + head
-    tiles = q_ref.shape[1] // block_q
-    first_tile = pl.program_id(2) * tiles
+    tiles, whole = q_ref.shape[1] // block_q, slice(0, block_q)
     sequence = tiling.sequence(b, scalars)
+    bounds = sequence.visible_q(key)
+    first_tile = bounds[0] if tiling.follows else pl.program_id(2) * tiles
 
-    def tile_of(number: Any) -> Any:
-        return pl.ds(pl.multiple_of(number * block_q, block_q), block_q)
+    def queries_of(tile: Any, some: slice = whole) -> Any:
+        """Some queries of a tile."""
+        first = pl.multiple_of(tile * block_q, block_q) + some.start
+        return pl.ds(pl.multiple_of(first, gcd(block_q, part)), some.stop - some.start)
 
-    @pl.when(pl.program_id(3) == 0)
-    def _start_dq() -> None:
-        def clear(tile: Any, _: None) -> None:
-            dq_acc[head, :, tile_of(tile)] = jnp.zeros((dq_acc.shape[1], block_q), jnp.float32)
+    def sums_of(tile: Any, some: slice = whole) -> Any:
+        """Where they are summed: the place of a tile that follows keys was that of one whose sums are complete."""
+        return queries_of(lax.rem(first_tile + tile, tiles) if tiling.follows else tile, some)
 
-        lax.fori_loop(0, tiles, clear, None)
+    def clear(tile: Any, _: None = None) -> None:
+        dq_acc[head, :, sums_of(tile)] = jnp.zeros((dq_acc.shape[1], block_q), jnp.float32)
+
+    pl.when(pl.program_id(3) == 0)(lambda: lax.fori_loop(0, tiles, clear, None))
+    if tiling.follows:  # the last tile sees these keys first
+        clear(tiles - 1)
 
     @pl.when(head == 0)
     def _start_dkv() -> None:
@@ -211,38 +253,38 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
 
         split_parts(k_ref, k_columns_ref, turned, turned=True)
 
-    def weights_of(tile: Any, row: Any, size: int, masked: bool) -> tuple[jax.Array, jax.Array]:
-        """The weights of some rows of a tile, and the gradients of their scores: [size, block_q]."""
-        at, keys = tile_of(tile), pl.ds(row, size)
-        place = Place(
-            b, q_head, (first_tile + tile) * block_q, key + row, at, keys, sequence, sources, tiling.seed(scalars)
-        )
+    def weights_of(tile: Any, row: Any, size: int, seen: Seen, some: slice) -> tuple[jax.Array, jax.Array]:
+        """The weights of some rows and queries of a tile, and the gradients of their scores: [size, queries]."""
+        at, keys = queries_of(tile, some), pl.ds(row, size)
+        query = (first_tile + tile) * block_q + some.start
+        place = Place(b, q_head, query, key + row, at, keys, sequence, sources, tiling.seed(scalars))
         products, dweights = fold(dot(k_ref[keys, :], q_ref[:, at])), fold(dot(v_ref[keys, :], dout_ref[:, at]))
-        found = weigh(scores, slope, products, dweights, (lse_ref[:, at], delta_ref[:, at]), place, masked)
+        found = weigh(scores, slope, products, dweights, (lse_ref[:, at], delta_ref[:, at]), place, seen)
         weights, dscores = (unfold(array).astype(q_ref.dtype) for array in found)
         return weights, dscores
 
-    def add_to_dkv(tile: Any, row: Any, weights: jax.Array, dscores: jax.Array) -> None:
-        at, keys = tile_of(tile), pl.ds(row, part)
+    def add_to_dkv(at: Any, row: Any, weights: jax.Array, dscores: jax.Array) -> None:
+        keys = pl.ds(row, part)
         dv_acc[keys, :] += dot_nt(weights, dout_ref[:, at])
         dk_acc[keys, :] += dot_nt(dscores, q_ref[:, at])
 
-    def add_to_dq(tile: Any, row: Any, dscores: jax.Array) -> None:
-        dq_acc[head, :, tile_of(tile)] += dot(k_columns_ref[0, :, pl.ds(row, part)], dscores)
+    def add_to_dq(at: Any, row: Any, dscores: jax.Array) -> None:
+        dq_acc[head, :, at] += dot(k_columns_ref[0, :, pl.ds(row, part)], dscores)
 
-    def step(tile: Any, _: None, masked: bool) -> None:
+    def step(tile: Any, _: None, seen: Seen) -> None:
         def add(row: int) -> None:
-            weights, dscores = weights_of(tile, row, part, masked)
-            add_to_dkv(tile, row, weights, dscores)
-            add_to_dq(tile, row, dscores)
+            some = seen.queries(block_q, slice(row, row + part))
+            weights, dscores = weights_of(tile, row, part, seen, some)
+            add_to_dkv(queries_of(tile, some), row, weights, dscores)
+            add_to_dq(sums_of(tile, some), row, dscores)
 
         for row in range(0, block_kv, part):
-            if masked:
+            if seen is Seen.MASKED:
                 pl.when(sequence.sees((first_tile + tile) * block_q, key + row, part))(partial(add, row))
             else:
                 add(row)
 
-    def step_in_loops(tile: Any, _: None, masked: bool) -> None:
+    def step_in_loops(tile: Any, _: None, seen: Seen) -> None:
         """The same with fewer registers: what lies between the products passes through memory, a few rows at a time."""
 
         def each(size: int, run: Any) -> None:
@@ -250,30 +292,30 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
 
         def write(row: Any) -> None:
             keys = pl.ds(row, few)
-            weights_ref[keys, :], dscores_ref[keys, :] = weights_of(tile, row, few, masked)
+            weights_ref[keys, :], dscores_ref[keys, :] = weights_of(tile, row, few, seen, whole)
 
         def read_dkv(row: Any) -> None:
-            add_to_dkv(tile, row, weights_ref[pl.ds(row, part), :], dscores_ref[pl.ds(row, part), :])
+            add_to_dkv(queries_of(tile, whole), row, weights_ref[pl.ds(row, part), :], dscores_ref[pl.ds(row, part), :])
 
         each(few, write)
         each(part, read_dkv)
-        each(part, lambda row: add_to_dq(tile, row, dscores_ref[pl.ds(row, part), :]))
+        each(part, lambda row: add_to_dq(sums_of(tile, whole), row, dscores_ref[pl.ds(row, part), :]))
 
     sources = spread(scores.planes, planes, refs[9:], part)
     in_loops = tiling.rolled or scores.has_expressions or scores.dropout > 0 or q_ref.shape[0] > 2 * LANES
     run = step_in_loops if in_loops else step
-    run_masked = step_in_loops if tiling.left is not None else run
+    first_edge = Seen.UP_TO_DIAGONAL if tiling.diagonal and not in_loops else Seen.MASKED
+    last_edge = Seen.PAST_DIAGONAL if tiling.left_diagonal and not in_loops else Seen.MASKED
 
     def walk(begin: Any, whole_begin: Any, whole_end: Any, end: Any) -> None:
         if tiling.has_partial_tiles or scores.sparse:
             whole_begin = jnp.minimum(whole_begin, end)
-            lax.fori_loop(begin, whole_begin, partial(run_masked, masked=True), None)
+            lax.fori_loop(begin, whole_begin, partial(run, seen=first_edge), None)
         whole_end = jnp.minimum(whole_end, end)
-        lax.fori_loop(whole_begin, whole_end, partial(run, masked=False), None)
+        lax.fori_loop(whole_begin, whole_end, partial(run, seen=Seen.WHOLE), None)
         if tiling.left is not None or tiling.has_partial_queries or scores.sparse:
-            lax.fori_loop(jnp.maximum(whole_begin, whole_end), end, partial(run_masked, masked=True), None)
+            lax.fori_loop(jnp.maximum(whole_begin, whole_end), end, partial(run, seen=last_edge), None)
 
-    bounds = sequence.visible_q(key)
     if scores.sparse:
         tiling.runs(b, q_head, pl.program_id(3), scalars).each(bounds, first_tile, tiles, walk)
     else:
@@ -285,9 +327,11 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
         summed = dv_acc[...] / (1 - scores.dropout) if scores.dropout else dv_acc[...]
         dv_ref[...] = summed.astype(dv_ref.dtype)
 
-    @pl.when(pl.program_id(3) == pl.num_programs(3) - 1)
-    def _finish_dq() -> None:
-        def write(tile: Any, _: None) -> None:
-            dq_ref[head, :, tile_of(tile)] = (dq_acc[head, :, tile_of(tile)] * scale).astype(dq_ref.dtype)
+    def write_dq(tile: Any, _: None = None) -> None:
+        at = (0, slice(None)) if tiling.follows else (head, queries_of(tile))
+        dq_ref[at[0], :, at[1]] = (dq_acc[head, :, sums_of(tile)] * scale).astype(dq_ref.dtype)
 
-        lax.fori_loop(0, tiles, write, None)
+    if tiling.follows:  # no query after the first tile's is its keys' last
+        write_dq(0)
+    else:
+        pl.when(pl.program_id(3) == pl.num_programs(3) - 1)(lambda: lax.fori_loop(0, tiles, write_dq, None))

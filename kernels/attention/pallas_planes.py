@@ -23,7 +23,7 @@ from ..tiles.pallas_tiles import call_params, columns, dot, fold, pad_to, round_
 from ..tiles.targets import Target
 from .pallas_backward import slope_of, weigh
 from .pallas_scores import Place, Plane, Scores, spread
-from .pallas_tiling import Tiling
+from .pallas_tiling import Seen, Tiling
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
@@ -168,8 +168,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, owner: Plane
             keys = pl.ds(row, few)
             place = Place(b, h, query, key + row, pl.ds(0, block_q), keys, sequence, sources, tiling.seed(scalars))
             products, dweights = fold(dot(k_ref[keys, :], q_ref[...])), fold(dot(v_ref[keys, :], dout_ref[...]))
-            masked = tiling.has_partial_tiles
-            _, change = weigh(scores, slope, products, dweights, (lse_ref[...], delta_ref[...]), place, masked)
+            seen = Seen.MASKED if tiling.has_partial_tiles else Seen.WHOLE
+            _, change = weigh(scores, slope, products, dweights, (lse_ref[...], delta_ref[...]), place, seen)
             acc[keys, :] += unfold(change)
 
         lax.fori_loop(0, block_kv // few, add, None)

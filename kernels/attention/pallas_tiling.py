@@ -35,6 +35,12 @@ class Seen(Enum):
             return range(0, min(block_kv, -(-strip.stop // part) * part), part)
         return range(strip.start // part * part if self is Seen.PAST_DIAGONAL else 0, block_kv, part)
 
+    def queries(self, block_q: int, keys: slice) -> slice:
+        """The queries of a tile of which some see some of the keys."""
+        if self is Seen.UP_TO_DIAGONAL:
+            return slice(keys.start, block_q)
+        return slice(0, keys.stop if self is Seen.PAST_DIAGONAL else block_q)
+
     def masks(self, keys: slice, strip: slice) -> bool:
         """Whether some query of a strip may not see some of the keys, all counted in the tile."""
         if self is Seen.UP_TO_DIAGONAL:
@@ -59,7 +65,8 @@ class Tiling:
         diagonal: whether a window's right edge goes through tiles from corner to corner, and nothing else cuts those.
         left_diagonal: whether its left edge does, too.
         packed: whether grid steps go by visits, each a tile of one of the packed sequences (`pallas_visits.py`).
-        follows: whether the keys in VMEM begin where the window of a tile of queries does.
+        follows: whether the keys in VMEM begin where the window of a tile of queries does; in the backward, the queries
+            where those begin that see a tile of keys.
     """
 
     q_size: int
@@ -136,6 +143,15 @@ class Tiling:
         if self.left is None or self.right is None:
             return 0
         return max(1, -(-(self.block_q - 1 + self.left + self.right + 1) // self.block_kv) + 1)
+
+    @property
+    def most_queries(self) -> int:
+        """How many tiles of queries see a tile of keys at most, where the first of them is the last that it sees: tiles
+        are of one size, and windows that are bounded end with their query. Else 0."""
+        if self.left is None or self.right != 0 or self.block_q != self.block_kv or self.has_lengths or self.has_runs:
+            return 0
+        aligned = (self.kv_size - self.q_size) % self.block_q == 0
+        return (self.block_kv - 1 + max(self.left, 0)) // self.block_q + 1 if aligned else 0
 
     @property
     def has_partial_queries(self) -> bool:
@@ -290,7 +306,8 @@ class Sequence:
         if tiling.right is not None:
             begin, whole_begin = clip(first - tiling.right), clip(last - tiling.right)
         if tiling.left is not None:
-            whole_end, end = clip(first + tiling.left + 1), clip(last + tiling.left + 1)
+            whole_end = jnp.clip(first + tiling.left + 1, 0, whole_end)
+            end = clip(last + tiling.left + 1)
         if tiling.has_lengths:
             end = jnp.where(key < self.kv_len, end, 0)
         if not tiling.ends_with_window and (tiling.has_lengths or tiling.kv_size % tiling.block_kv):

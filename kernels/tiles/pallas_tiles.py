@@ -80,7 +80,7 @@ def whole_or_fit(name: str, block: int, size: int, target: Target) -> int:
 def stretch_room(other_bytes: int, target: Target) -> int:
     """The VMEM for the rows that a kernel walks, beside other_bytes that it needs in any case."""
     if target.interpreted:
-        return 2**17  # several stretches even in a short test
+        return 9 * 2**14  # several stretches even in a short test
     return min(vmem_budget(target) // 2, vmem_budget(target) - MIB - other_bytes)
 
 

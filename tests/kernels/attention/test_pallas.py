@@ -22,9 +22,9 @@ from oracles import assert_within, attention_by_torch, rounded
 from sweeps import one_in, swept
 
 from crosstile.kernels.attention import pallas as kernels
-from crosstile.kernels.attention import pallas_forward, reference
+from crosstile.kernels.attention import pallas_backward, pallas_forward, reference
 from crosstile.kernels.attention.pallas_tiling import Tiling
-from crosstile.kernels.attention.spec import AttentionSpec
+from crosstile.kernels.attention.spec import AttentionInputs, AttentionSpec
 from crosstile.kernels.attention.tiles import AttentionConfig, AttentionTiles, choose_config
 from crosstile.kernels.tiles.pallas_tiles import fit_block, interpreter, stretch, stretch_room
 from crosstile.kernels.tiles.targets import INTERPRET, TARGETS, get_target
@@ -244,6 +244,51 @@ def test_a_diagonal_from_corner_to_corner(case, monkeypatch):
     assert tiling.diagonal
     assert tiling.left_diagonal == (case.window_left is not None)
     check(case, AttentionConfig(tiles, tiles, tiles))
+
+
+@pytest.mark.parametrize(
+    "case",
+    swept(
+        [
+            Case(q_len=200, kv_len=200, q_heads=4, window_left=31),
+            Case(q_len=200, kv_len=264, q_heads=4, window_left=40, dtype="bfloat16"),
+            Case(q_len=96, kv_len=128, kv_heads=1, window_left=0, batch=2),
+            Case(q_len=300, kv_len=300, kv_heads=1, window_left=100),
+            Case(q_len=130, kv_len=130, kv_heads=1, window_left=50, v_dim=24),
+        ],
+        lambda case: case.q_len in (96, 300),
+    ),
+    ids=["left diagonal", "more keys", "window of one", "several tiles", "padded"],
+)
+def test_queries_that_follow_keys(case, monkeypatch):
+    """Where a window is short, a tile of keys holds those queries only that see it, and dq is written on the way."""
+    monkeypatch.setattr(pallas_backward, "stretch_room", lambda other_bytes, target: 2**20)
+    tiles = AttentionTiles(32, 32)
+    tiling = Tiling.choose(case.spec, tiles, INTERPRET, (case.q_len, case.kv_len), False)
+    arrays = AttentionInputs(*(case.arrays[name] for name in ("q", "k", "v")))
+    assert pallas_backward.held(tiling, arrays, 0, INTERPRET)[0].follows
+    check(case, AttentionConfig(tiles, tiles, tiles))
+
+
+def test_queries_without_a_key_follow_none(monkeypatch):
+    """They would never be written."""
+    monkeypatch.setattr(pallas_backward, "stretch_room", lambda other_bytes, target: 2**20)
+    case = Case(q_len=264, kv_len=200, q_heads=4, window_left=31)
+    tiles = AttentionTiles(32, 32)
+    tiling = Tiling.choose(case.spec, tiles, INTERPRET, (case.q_len, case.kv_len), False)
+    arrays = AttentionInputs(*(case.arrays[name] for name in ("q", "k", "v")))
+    assert not pallas_backward.held(tiling, arrays, 0, INTERPRET)[0].follows
+    check(case, AttentionConfig(tiles, tiles, tiles))
+
+
+@pytest.mark.parametrize("left", [0, 1, 127, 128, 1023, 5000])
+def test_tiles_of_every_window(left):
+    """Tiles are no larger than what a window reaches, and in the backward squares that its edges may cut."""
+    spec = Case(window_left=left, dtype="bfloat16").spec
+    for name in ("v5e", "v5p", "v6e", "v7x"):
+        config = choose_config(spec, get_target(name))
+        assert config.dkv.block_q == config.dkv.block_kv == min(1024, max(128, 1 << (left + 1).bit_length() - 1))
+        assert 128 <= config.forward.block_kv <= 1024
 
 
 def test_two_runs_are_bit_equal():

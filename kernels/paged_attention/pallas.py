@@ -119,7 +119,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, tiles, groups, rows, 1), jnp.float32),
         ],
         name="paged_attention",
-        **call_params(target, ("parallel", "parallel")),
+        **call_params(target, ("parallel", "parallel"), checks_copies=False),  # `Pages` keeps them inside
     )(
         *scalars,
         tiling.pack(q),

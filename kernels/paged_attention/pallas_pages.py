@@ -1,7 +1,8 @@
 """The copies of the pages of a sequence on a TPU, block by block.
 
 The numbers of pages are read from the sequence's row of the page table, and only pages that some query sees are copied.
-All key heads of a page come in one copy, since they lie together.
+A number that no page has stands for the nearest one, as where JAX gathers. All key heads of a page come in one copy,
+since they lie together.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Pages:
             page, at = page + number, pl.ds(0, tiling.piece)
         else:
             at = pl.ds(lax.rem(first_key + number * tiling.piece, tiling.page_size), tiling.piece)
-        there, to = (self.table_ref[page], at), pl.ds(number * tiling.piece, tiling.piece)
+        listed = jnp.clip(self.table_ref[page], 0, self.sources[0].shape[0] - 1)
+        there, to = (listed, at), pl.ds(number * tiling.piece, tiling.piece)
         for index, (pages, held) in enumerate(zip(self.sources, self.blocks, strict=True)):
             yield pltpu.make_async_copy(pages.at[there], held.at[slot, to], self.semaphores.at[slot, index])

@@ -40,13 +40,20 @@ def interpreter(params: Any) -> Iterator[None]:
         _interpreter.reset(token)
 
 
-def call_params(target: Target, dimension_semantics: Sequence[Literal["parallel", "arbitrary"]]) -> dict[str, Any]:
-    """The arguments of `pallas_call` that depend on the target: an interpreter, or the compiler's limits."""
+def call_params(
+    target: Target, dimension_semantics: Sequence[Literal["parallel", "arbitrary"]], checks_copies: bool = True
+) -> dict[str, Any]:
+    """The arguments of `pallas_call` that depend on the target: an interpreter, or the compiler's limits.
+
+    checks_copies: whether the chip stops at a copy from outside of an array; the test takes longer than its start.
+    """
     if target.interpreted:
         return {"interpret": _interpreter.get()}
     return {
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=tuple(dimension_semantics), vmem_limit_bytes=vmem_budget(target)
+            dimension_semantics=tuple(dimension_semantics),
+            vmem_limit_bytes=vmem_budget(target),
+            disable_bounds_checks=not checks_copies,
         )
     }
 

@@ -37,6 +37,8 @@ from .pallas_tiling import Seen, Tiling
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionConfig
 
+_STRIP = 512  # queries: scores of more would only be spilled
+
 
 def backward(
     spec: AttentionSpec,
@@ -273,10 +275,12 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
 
     def step(tile: Any, _: None, seen: Seen) -> None:
         def add(row: int) -> None:
-            some = seen.queries(block_q, slice(row, row + part))
-            weights, dscores = weights_of(tile, row, part, seen, some)
-            add_to_dkv(queries_of(tile, some), row, weights, dscores)
-            add_to_dq(sums_of(tile, some), row, dscores)
+            seeing = seen.queries(block_q, slice(row, row + part))
+            for first in range(seeing.start, seeing.stop, _STRIP):
+                some = slice(first, min(first + _STRIP, seeing.stop))
+                weights, dscores = weights_of(tile, row, part, seen, some)
+                add_to_dkv(queries_of(tile, some), row, weights, dscores)
+                add_to_dq(sums_of(tile, some), row, dscores)
 
         for row in range(0, block_kv, part):
             if seen is Seen.MASKED:

@@ -145,7 +145,9 @@ def backward(
             ),
         ],
         name="attention_backward",
-        **call_params(target, ("parallel", "parallel", "parallel", "arbitrary", "arbitrary")),
+        **call_params(
+            target, ("parallel", "parallel", "parallel", "arbitrary", "arbitrary"), checks_copies=bool(scalars)
+        ),
     )(
         *scalars,
         # As columns: XLA compiles the fused change of both to rows for a minute.

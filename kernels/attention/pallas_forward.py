@@ -126,7 +126,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, q_heads, 1, q_padded), jnp.float32),
         ],
         name="attention_forward",
-        **call_params(target, ("parallel", "parallel", "parallel", "arbitrary")),
+        **call_params(target, ("parallel", "parallel", "parallel", "arbitrary"), checks_copies=bool(scalars)),
     )(*scalars, *operands)
     return out[..., :q_len].transpose(0, 3, 1, 2), lse[:, :, 0, :q_len]
 

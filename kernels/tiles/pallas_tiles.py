@@ -45,8 +45,8 @@ def call_params(
 ) -> dict[str, Any]:
     """The arguments of `pallas_call` that depend on the target: an interpreter, or the compiler's limits.
 
-    checks_copies: whether the chip stops at a copy from outside of an array. The test takes longer than the copy's start,
-    and can be left out where shapes alone say what is copied, or the kernel keeps what others say within bounds.
+    checks_copies: whether the chip stops at a copy from outside of an array. The test takes longer than the start of a
+    copy, and is left out where shapes alone say what is copied, or the kernel keeps what others say within bounds.
     """
     if target.interpreted:
         return {"interpret": _interpreter.get()}

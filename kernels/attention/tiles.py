@@ -225,13 +225,13 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     elif width > 256 or target.on_chip_bytes <= 16 * MIB:  # v4 has 32 vector registers, the others 64
         forward, backward = (128, 128), (128, 256)
     elif plain:
-        most = most_keys = 512 if spec.has_lengths else 1024
-        if spec.left is not None:  # what of a tile no window reaches is computed for nothing
-            most = min(most, _power_within(spec.left))
-            most_keys = min(most_keys, _power_within(spec.left + 1))
-        most_keys = most_keys if spec.max_seqlen_q is None else min(most_keys, 512)  # its sequences have lengths there
-        # Where a diagonal cuts a tile from corner to corner, the backward computes little past it.
-        forward, backward = (most, most), (most_keys if spec.right == 0 else min(most_keys, 512), most_keys)
+        most, square = 512 if spec.has_lengths else 1024, spec.right == 0
+        most_keys = most if spec.max_seqlen_q is None else min(most, 512)  # the backward's sequences have lengths
+        if spec.left is not None:  # what of a tile no window reaches is computed for nothing, but small tiles wait
+            reach = 1 << max(0, spec.left + square).bit_length() >> 1
+            most, most_keys = min(most, max(reach, 2 * target.matrix_unit)), min(most_keys, max(reach, 512))
+        # A diagonal cuts square tiles from corner to corner, and past it the backward computes nothing.
+        forward, backward = (most, most), (most_keys if square else min(most_keys, 512), most_keys)
     elif width > 128:
         forward, backward = (128, 512), (128, 512)
         if target.matrix_unit == 256:
@@ -241,8 +241,3 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
     else:
         forward, backward = (128, 512), (128, 512)
     return AttentionConfig(AttentionTiles(*forward), AttentionTiles(*backward), AttentionTiles(*backward))
-
-
-def _power_within(keys: int) -> int:
-    """The largest block within so many keys, 128 at least."""
-    return max(128, 1 << max(0, keys).bit_length() >> 1)

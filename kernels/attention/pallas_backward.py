@@ -69,11 +69,13 @@ def backward(
     tiling, major, stretches, heads = held(tiling, arrays, plane_bytes, target)
     splits, q_padded = group // heads, round_up(q_len, block_q) if tiling.follows else major * stretches
 
-    def first_seen(b: Any, j: Any, scalars: Any) -> Any:
+    def first_seen(b: Any, h: Any, s: Any, j: Any, g: Any, *scalars: Any) -> Any:
         """The first tile of queries that a tile of keys is seen by."""
         return tiling.sequence(b, scalars).visible_q(j * block_kv)[0]
 
     def q_head(b: Any, h: Any, s: Any, j: Any, g: Any, *scalars: Any) -> Any:
+        if tiling.follows:
+            return h * heads + g
         # Keys that no query of the stretch sees repeat the last head: nothing is fetched for them.
         begin, _, _, end = tiling.sequence(b, scalars).visible_q(j * block_kv)
         if sparse:
@@ -87,13 +89,15 @@ def backward(
         if tiling.follows:  # positions, and else numbers of blocks; what is past the last query is not read
             return pl.BlockSpec(
                 (None, None, pl.Element(size), pl.Element(major, (0, major))),
-                lambda b, h, _, j, g, *scalars: (b, h * heads + g, 0, first_seen(b, j, scalars) * block_q),
+                lambda *step: (step[0], q_head(*step), 0, first_seen(*step) * block_q),
             )
         return pl.BlockSpec((None, None, size, major), lambda *step: (step[0], q_head(*step), 0, step[2]))
 
-    def complete(b: Any, h: Any, s: Any, j: Any, g: Any, *scalars: Any) -> Any:
+    def complete(*step: Any) -> Any:
         """The block of dq that a step writes: the first tile that sees the keys sees none after them."""
-        return (b, h * heads + g, 0, first_seen(b, j, scalars)) if tiling.follows else (b, h, 0, s)
+        if tiling.follows:
+            return step[0], q_head(*step), 0, first_seen(*step)
+        return step[0], step[1], 0, step[2]
 
     def kv_rows(dim: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, block_kv, dim), lambda b, h, s, j, *_: (b, lax.div(h, splits), j, 0))

@@ -27,7 +27,7 @@ from sweeps import one_in
 
 from crosstile.bench.tpu import environment
 from crosstile.kernels.attention import pallas as kernels
-from crosstile.kernels.attention import reference
+from crosstile.kernels.attention import pallas_backward, reference
 from crosstile.kernels.attention.pallas_scores import FUNCTIONS
 from crosstile.kernels.attention.spec import INPUTS
 from crosstile.kernels.attention.tiles import choose_config
@@ -139,6 +139,32 @@ def hold(problem: Problem, ours: dict[str, jax.Array]) -> None:
 def test_agrees_with_the_definition(name):
     problem = FEATURES[name]()
     hold(problem, run(problem))
+
+
+WINDOWED = (1, 130, 162, 4, 2, 16, 16)
+FOLLOWING = {
+    "softcap, sinks": of(lambda p: p.is_capped(0.7), Problem.has_sinks, shape=WINDOWED),
+    "bias of heads": of(lambda p: p.adds_bias((1, 4, 1, 1)), shape=WINDOWED),
+    "bias of keys": of(lambda p: p.adds_bias((1, 1, 1, 162)), shape=WINDOWED),
+}
+
+
+@pytest.mark.parametrize("name", one_in(2, FOLLOWING))
+def test_scores_of_queries_that_follow_keys(name, monkeypatch):
+    """Where a tile of keys holds the queries of its window alone, other scores are of the same places."""
+    problem, followed = FOLLOWING[name](), []
+
+    def held(*arguments: Any) -> Any:
+        followed.append(pallas_backward_held(*arguments))
+        return followed[-1]
+
+    pallas_backward_held = pallas_backward.held
+    monkeypatch.setattr(pallas_backward, "held", held)
+    monkeypatch.setattr(pallas_backward, "stretch_room", lambda other_bytes, target: 2**20)
+    problem.is_causal()
+    problem.has_window(31, None)
+    hold(problem, run(problem))
+    assert [tiling.follows for tiling, *_ in followed] == [True]
 
 
 @pytest.mark.parametrize("name", ["window", "softcap, bias, mask"])

@@ -69,7 +69,9 @@ def forward(
 
     tiling = Tiling.choose(spec, config, target, arrays)
     tiles, groups, rows = tiling.tiles, tiling.groups, tiling.rows
-    given = arrays.page_table.reshape(-1), arrays.lengths, arrays.q_lengths
+    # Scalar memory would fill short rows up to 128 numbers; whole ones XLA need not copy before the kernel.
+    table = arrays.page_table if max_pages % LANES == 0 else arrays.page_table.reshape(-1)
+    given = table, arrays.lengths, arrays.q_lengths
     scalars = [array for array in given if array is not None]
 
     def per_row(width: int) -> pl.BlockSpec:
@@ -145,7 +147,7 @@ def backward(*arguments: Any) -> Any:
 
 
 def _kernel(
-    table_ref: Any,  # [batch * max_pages], in SMEM, as are the lengths, [batch]
+    table_ref: Any,  # [batch, max_pages] or [batch * max_pages], in SMEM, as are the lengths, [batch]
     lengths_ref: Any,
     *others: Any,
     spec: PagedAttentionSpec,

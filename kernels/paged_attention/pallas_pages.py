@@ -44,7 +44,7 @@ class Pages:
     """The copies of one kernel.
 
     Attributes:
-        table_ref: [batch * max_pages].
+        table_ref: [batch, max_pages], or that in one row.
         sources: the pages of keys and of values, in HBM.
         blocks: [2, block_kv, ...] in VMEM for each, two slots.
         semaphores: for each slot and each of the two.
@@ -94,12 +94,14 @@ class Pages:
 
     def _of_piece(self, walk: Walk, block: Any, slot: Any, number: Any) -> Iterator[Any]:
         tiling, first_key = self.tiling, block * self.tiling.block_kv
-        page = walk.item * tiling.max_pages + lax.div(first_key, tiling.page_size)
+        page = lax.div(first_key, tiling.page_size)
         if tiling.piece == tiling.page_size:
             page, at = page + number, pl.ds(0, tiling.piece)
         else:
             at = pl.ds(lax.rem(first_key + number * tiling.piece, tiling.page_size), tiling.piece)
-        listed = jnp.clip(self.table_ref[page], 0, self.sources[0].shape[0] - 1)
+        in_one_row = len(self.table_ref.shape) == 1
+        place = walk.item * tiling.max_pages + page if in_one_row else (walk.item, page)
+        listed = jnp.clip(self.table_ref[place], 0, self.sources[0].shape[0] - 1)
         there, to = (listed, at), pl.ds(number * tiling.piece, tiling.piece)
         for index, (pages, held) in enumerate(zip(self.sources, self.blocks, strict=True)):
             yield pltpu.make_async_copy(pages.at[there], held.at[slot, to], self.semaphores.at[slot, index])

@@ -132,6 +132,26 @@ def test_other_tiles():
     check(replace(PROBLEMS["window"], page_size=32, max_pages=4), config)
 
 
+def test_whole_rows_of_numbers_of_pages():
+    """A table of so many pages an item goes to scalar memory as it is, others in one row."""
+    check(replace(PROBLEMS["decode"], max_pages=128))
+
+
+def test_numbers_past_the_pages_are_the_nearest():
+    """No copy comes from outside of an array, whatever the table says: this interpreter tests it, chips do not."""
+    problem = Problem(lengths=(9, 7), kv_heads=1)
+    arrays = {name: np.nan_to_num(array) if "pages" in name else array for name, array in problem.arrays().items()}
+    last = len(arrays["k_pages"]) - 1
+    arrays["page_table"][:, 0] = 0, last
+    outside = {**arrays, "page_table": arrays["page_table"].copy()}
+    outside["page_table"][:, 0] = -3, last + 1000
+    expected = forward(problem, arrays)
+    with interpreter(pltpu.InterpretParams(out_of_bounds_reads="raise")):
+        found = kernels.forward(problem.spec, choose_config(problem.spec, INTERPRET), INTERPRET, *to_jax(outside))
+    for name, array in zip(("out", "lse"), found, strict=True):
+        np.testing.assert_allclose(array, expected[name], rtol=1e-5, err_msg=name)
+
+
 def test_both_ways_are_taken():
     assert tiling_of(PROBLEMS["decode"]).together
     assert not tiling_of(PROBLEMS["chunk"]).together

@@ -208,8 +208,7 @@ def kernel(*refs: Any, tiling: Tiling, scores: Scores, has_sinks: bool, has_valu
 
     def in_loops(seen: Seen) -> bool:
         """Whether so much is computed of a score that only a few rows' fit in registers."""
-        cut = seen is Seen.MASKED and tiling.left is not None
-        return scores.score is not None or scores.masks(seen is not Seen.WHOLE) or cut or wide
+        return scores.score is not None or scores.masks(seen is not Seen.WHOLE) or wide
 
     def score(tile: Any, row: int, strip: slice, seen: Seen) -> None:
         """Write the scores of some keys of a tile and a strip of queries, and keep their maximum."""

@@ -229,7 +229,7 @@ def _for_tpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
         most_keys = most if spec.max_seqlen_q is None else min(most, 512)  # the backward's sequences have lengths
         if spec.left is not None:  # what of a tile no window reaches is computed for nothing, but small tiles wait
             reach = 1 << max(0, spec.left + square).bit_length() >> 1
-            most, most_keys = min(most, max(reach, 2 * target.matrix_unit)), min(most_keys, max(reach, 512))
+            most, most_keys = (min(size, max(reach, 512)) for size in (most, most_keys))
         # A diagonal cuts square tiles from corner to corner, and past it the backward computes nothing.
         forward, backward = (most, most), (most_keys if square else min(most_keys, 512), most_keys)
     elif width > 128:

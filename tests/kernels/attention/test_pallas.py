@@ -288,7 +288,7 @@ def test_tiles_of_every_window(left):
     for name in ("v5e", "v5p", "v6e", "v7x"):
         config = choose_config(spec, get_target(name))
         assert config.dkv.block_q == config.dkv.block_kv == min(1024, max(512, 1 << (left + 1).bit_length() - 1))
-        assert 256 <= config.forward.block_kv <= 1024
+        assert config.forward == config.dkv
 
 
 def test_two_runs_are_bit_equal():

@@ -43,8 +43,8 @@ def paged_attention(
         k_pages: `[num_pages, page_size, kv_heads, head_dim]`, page_size 16, 32, 64, 128 or 256; q's dtype, or int8 or
             float8_e4m3fn. `q_heads` is a multiple of `kv_heads` (grouped queries).
         v_pages: `[num_pages, page_size, kv_heads, v_dim]`, k_pages' dtype; `v_dim` may differ from `head_dim`.
-        page_table: int `[batch, max_pages]`, the pages of each batch item in order; entries in use are page numbers, and
-            a TPU reads the nearest page for any other.
+        page_table: int `[batch, max_pages]`, the pages of each batch item in order; entries in use are page numbers,
+            and a TPU reads the nearest page for any other.
         lengths: int `[batch]`, how many keys of each item are in the cache, from 0 to `max_pages * page_size`.
         q_lengths: int `[batch]`, how many of the q_len rows are queries; the others are padding, and give zeros. None
             means all.

@@ -170,9 +170,10 @@ def backward(
 def held(tiling: Tiling, arrays: AttentionInputs, plane_bytes: int, target: Target) -> tuple[Tiling, int, int, int]:
     """How many queries VMEM holds, in how many stretches of them, and of how many heads of a group the sums of dq.
 
-    dq is summed, and then written, for a stretch of queries. Where windows end with their query, those that see a tile
-    of keys are fewer: the kernel may hold them alone, and writes a tile of dq as soon as the last of its keys is past.
-    plane_bytes: of the planes for a query.
+    dq is summed, and then written, for a stretch of queries. Of dk and dv there are sums for each stretch, and for each
+    share of a group: of stretches and shares as few as go together. Where windows end with their query, those that see
+    a tile of keys are fewer: the kernel may hold them alone, and writes a tile of dq as soon as the last of its keys is
+    past. plane_bytes: of the planes for a query.
     """
     q, k, v = arrays[:3]
     group, (q_len, kv_len), block_q = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1]), tiling.block_q
@@ -182,14 +183,24 @@ def held(tiling: Tiling, arrays: AttentionInputs, plane_bytes: int, target: Targ
     operand_bytes = 2 * width * q.dtype.itemsize + plane_bytes
     result_bytes = 2 * q.shape[3] * q.dtype.itemsize
     head_bytes = q.shape[3] * 4 + result_bytes
-    fitting = (room // block_q - operand_bytes) // head_bytes
-    heads = max(n for n in range(1, group + 1) if group % n == 0 and n <= max(1, fitting))
-    major, stretches = stretch(q_len, block_q, operand_bytes + heads * head_bytes, room)
+
+    def stretches_of(heads: int) -> int:
+        return _even(-(-q_len // block_q), stretch(q_len, block_q, operand_bytes + heads * head_bytes, room)[1])
+
+    fitting = max(1, (room // block_q - operand_bytes) // head_bytes)
+    shares = [n for n in range(1, group + 1) if group % n == 0 and n <= fitting]
+    heads = min(shares, key=lambda n: (stretches_of(n) * (group // n + 1), -n))
+    stretches = stretches_of(heads)
     seen = tiling.most_queries * block_q
     follow_bytes = seen * (operand_bytes + group * q.shape[3] * 4) + block_q * result_bytes
     if 0 < seen < q_len and heads * stretches > 1 and kv_len >= q_len and not plane_bytes and follow_bytes <= room:
         return replace(tiling, follows=True), seen, 1, group
-    return tiling, major, stretches, heads
+    return tiling, -(-q_len // (block_q * stretches)) * block_q, stretches, heads
+
+
+def _even(blocks: int, least: int) -> int:
+    """How many stretches of blocks: the least, or some more that are of one length, so that nothing is padded."""
+    return next((count for count in range(least, 2 * least) if blocks % count == 0), least)
 
 
 def slope_of(spec: AttentionSpec, variable: Any = SCORE) -> Any:

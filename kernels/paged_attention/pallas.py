@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..tiles.errors import UnsupportedError
-from ..tiles.pallas_tiles import LANES, LN_2, LOG2_E, call_params, dot, dot_nt
+from ..tiles.pallas_tiles import LANES, LN_2, LOG2_E, call_params, dot, dot_nt, round_up
 from ..tiles.targets import Target
 from .pallas_pages import Pages, Walk
 from .pallas_tiling import Tiling
@@ -32,6 +32,7 @@ from .tiles import PagedAttentionConfig
 
 DTYPES = ("float32", "bfloat16")  # what the TPU's compiler multiplies; interpreted, float16 too
 _WIDENED = 8  # keys at a time
+_FILLED_UP = 2**14  # numbers of pages, 64 KiB of scalar memory
 
 
 def supports(spec: PagedAttentionSpec, target: Target, needs_grad: bool) -> tuple[str, ...]:
@@ -69,8 +70,9 @@ def forward(
 
     tiling = Tiling.choose(spec, config, target, arrays)
     tiles, groups, rows = tiling.tiles, tiling.groups, tiling.rows
-    # Scalar memory would fill short rows up to 128 numbers; whole ones XLA need not copy before the kernel.
-    table = arrays.page_table if max_pages % LANES == 0 else arrays.page_table.reshape(-1)
+    # In one row XLA copies it before the kernel; rows of its own the scalar memory fills up to 128 numbers each.
+    in_rows = max_pages % LANES == 0 or batch * round_up(max_pages, LANES) <= _FILLED_UP
+    table = arrays.page_table if in_rows else arrays.page_table.reshape(-1)
     given = table, arrays.lengths, arrays.q_lengths
     scalars = [array for array in given if array is not None]
 

@@ -132,9 +132,11 @@ def test_other_tiles():
     check(replace(PROBLEMS["window"], page_size=32, max_pages=4), config)
 
 
-def test_whole_rows_of_numbers_of_pages():
-    """A table of so many pages an item goes to scalar memory as it is, others in one row."""
-    check(replace(PROBLEMS["decode"], max_pages=128))
+@pytest.mark.parametrize("max_pages", [5, 128])
+def test_tables_in_one_row(max_pages, monkeypatch):
+    """A large table of rows that would have to be filled up; whole rows stay as they are."""
+    monkeypatch.setattr(kernels, "_FILLED_UP", 0)
+    check(replace(PROBLEMS["decode"], max_pages=max_pages))
 
 
 def test_numbers_past_the_pages_are_the_nearest():

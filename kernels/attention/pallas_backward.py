@@ -176,7 +176,7 @@ def held(tiling: Tiling, arrays: AttentionInputs, plane_bytes: int, target: Targ
     past. plane_bytes: of the planes for a query.
     """
     q, k, v = arrays[:3]
-    group, (q_len, kv_len), block_q = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1]), tiling.block_q
+    group, q_len, block_q = q.shape[2] // k.shape[2], q.shape[1], tiling.block_q
     width = round_up(q.shape[3], LANES) + round_up(v.shape[3], LANES)  # what a row of both takes in VMEM
     key_bytes = (2 * width + q.shape[3]) * k.dtype.itemsize + (4 + 2 * 4) * width
     room = stretch_room(tiling.block_kv * key_bytes, target)
@@ -193,7 +193,7 @@ def held(tiling: Tiling, arrays: AttentionInputs, plane_bytes: int, target: Targ
     stretches = stretches_of(heads)
     seen = tiling.most_queries * block_q
     follow_bytes = seen * (operand_bytes + group * q.shape[3] * 4) + block_q * result_bytes
-    if 0 < seen < q_len and heads * stretches > 1 and kv_len >= q_len and not plane_bytes and follow_bytes <= room:
+    if 0 < seen < q_len and heads * stretches > 1 and not plane_bytes and follow_bytes <= room:
         return replace(tiling, follows=True), seen, 1, group
     return tiling, -(-q_len // (block_q * stretches)) * block_q, stretches, heads
 
@@ -229,14 +229,15 @@ def weigh(
 def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tuple[int, int]) -> None:
     """One tile of keys against a stretch of queries, all three gradients at once: five products a tile, not seven.
 
-    dk and dv are complete after the last of the heads; dq stays in VMEM until the last tile of keys.
+    dk and dv are complete after the last of the heads; dq stays in VMEM until the last tile of keys that it needs.
     """
     scalars, refs = refs[: tiling.prefetched], refs[tiling.prefetched :]
     q_ref, dout_ref = refs[:2]  # [head_dim, major] and [v_dim, major], of one query head
     lse_ref, delta_ref = refs[2:4]  # [1, major]
     k_ref, v_ref = refs[4:6]  # [block_kv, head_dim], [block_kv, v_dim]
     planes, refs = refs[6 : 6 + len(scores.planes)], refs[6 + len(scores.planes) :]
-    dq_ref, dk_ref, dv_ref = refs[:3]  # [heads, head_dim, major], [block_kv, head_dim], [block_kv, v_dim]
+    # [heads, head_dim, major], or [1, head_dim, block_q] where queries follow; [block_kv, head_dim]; [block_kv, v_dim]
+    dq_ref, dk_ref, dv_ref = refs[:3]
     dq_acc, dk_acc, dv_acc = refs[3:6]
     k_columns_ref = refs[6]  # the keys as [1, head_dim, block_kv]
     weights_ref, dscores_ref = refs[7:9]  # [block_kv, block_q], in q's dtype
@@ -316,11 +317,11 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
             weights_ref[keys, :], dscores_ref[keys, :] = weights_of(tile, row, few, seen, whole)
 
         def read_dkv(row: Any) -> None:
-            add_to_dkv(queries_of(tile, whole), row, weights_ref[pl.ds(row, part), :], dscores_ref[pl.ds(row, part), :])
+            add_to_dkv(queries_of(tile), row, weights_ref[pl.ds(row, part), :], dscores_ref[pl.ds(row, part), :])
 
         each(few, write)
         each(part, read_dkv)
-        each(part, lambda row: add_to_dq(sums_of(tile, whole), row, dscores_ref[pl.ds(row, part), :]))
+        each(part, lambda row: add_to_dq(sums_of(tile), row, dscores_ref[pl.ds(row, part), :]))
 
     sources = spread(scores.planes, planes, refs[9:], part)
     in_loops = tiling.rolled or scores.has_expressions or scores.dropout > 0 or q_ref.shape[0] > 2 * LANES
@@ -349,8 +350,8 @@ def _kernel(*refs: Any, tiling: Tiling, scores: Scores, slope: Any, turned: tupl
         dv_ref[...] = summed.astype(dv_ref.dtype)
 
     def write_dq(tile: Any, _: None = None) -> None:
-        at = (0, slice(None)) if tiling.follows else (head, queries_of(tile))
-        dq_ref[at[0], :, at[1]] = (dq_acc[head, :, sums_of(tile)] * scale).astype(dq_ref.dtype)
+        row, queries = (0, slice(None)) if tiling.follows else (head, queries_of(tile))
+        dq_ref[row, :, queries] = (dq_acc[head, :, sums_of(tile)] * scale).astype(dq_ref.dtype)
 
     if tiling.follows:  # no query after the first tile's is its keys' last
         write_dq(0)

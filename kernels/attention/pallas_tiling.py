@@ -147,11 +147,12 @@ class Tiling:
     @property
     def most_queries(self) -> int:
         """How many tiles of queries see a tile of keys at most, where the first of them is the last that it sees: tiles
-        are of one size, and windows that are bounded end with their query. Else 0."""
+        are of one size, windows that are bounded end with their query, and every query sees a key. Else 0."""
         if self.left is None or self.right != 0 or self.block_q != self.block_kv or self.has_lengths or self.has_runs:
             return 0
-        aligned = (self.kv_size - self.q_size) % self.block_q == 0
-        return (self.block_kv - 1 + max(self.left, 0)) // self.block_q + 1 if aligned else 0
+        if self.kv_size < self.q_size or (self.kv_size - self.q_size) % self.block_q:
+            return 0
+        return (self.block_kv - 1 + max(self.left, 0)) // self.block_q + 1
 
     @property
     def has_partial_queries(self) -> bool:

@@ -52,8 +52,7 @@ class PassingSums:
 
     @property
     def parts_of_a_pass(self) -> int:
-        (rows, columns), (_, height, width) = self.sums_ref.shape, self.parts_ref.shape
-        return (rows // height) * (columns // width)
+        return _parts(self.sums_ref.shape, self.parts_ref.shape[1:])
 
     def _read(self, number: Any) -> Any:
         there, here, slot = self._places(number)
@@ -75,6 +74,11 @@ class PassingSums:
 
 def passing_scratch(shape: tuple[int, int], part: tuple[int, int]) -> dict[str, Any]:
     """The slots and semaphores for sums of that shape, in parts of that shape."""
-    slots = min(PASSING_SLOTS, (shape[0] // part[0]) * (shape[1] // part[1]))
+    slots = min(PASSING_SLOTS, _parts(shape, part))
     semaphores = pltpu.SemaphoreType.DMA((slots,))
     return {"parts_ref": pltpu.VMEM((slots, *part), jnp.float32), "read": semaphores, "written": semaphores}
+
+
+def _parts(shape: tuple[int, int], part: tuple[int, int]) -> int:
+    """How many parts there are."""
+    return (shape[0] // part[0]) * (shape[1] // part[1])

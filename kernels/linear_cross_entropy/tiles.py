@@ -123,12 +123,15 @@ def tpu_blocks(spec: LinearCrossEntropySpec, target: Target, kernel: str) -> tup
     them.
     """
     room = target.on_chip_bytes * 3 // 4
-    candidates = [(room, stays, passes) for stays in _TPU_BLOCKS for passes in _TPU_BLOCKS if passes <= min(stays, 512)]
+    most = room if spec.dtype == "float32" else vmem_budget(target)
     if kernel == "backward":
-        candidates = [(room if spec.dtype == "float32" else vmem_budget(target), *blocks) for blocks in _TPU_BACKWARD]
-    elif spec.dtype != "float32":
-        most = vmem_budget(target)
-        candidates[:0] = [(most, stays, passes) for passes in (4096, 2048, 1024) for stays in (1024, 512)]
+        candidates = [(most, *blocks) for blocks in _TPU_BACKWARD]
+    else:
+        deep = () if spec.dtype == "float32" else (4096, 2048, 1024)
+        candidates = [(most, stays, passes) for passes in deep for stays in (1024, 512)]
+        candidates += [
+            (room, stays, passes) for stays in _TPU_BLOCKS for passes in _TPU_BLOCKS if passes <= min(stays, 512)
+        ]
     fitting = (blocks for most, *blocks in candidates if tpu_bytes(spec, kernel, *blocks) <= most)
     first, second = next(fitting, (128, 128))
     return first, second

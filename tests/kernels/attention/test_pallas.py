@@ -264,9 +264,7 @@ def test_queries_that_follow_keys(case, monkeypatch):
     """Where a window is short, a tile of keys holds those queries only that see it, and dq is written on the way."""
     monkeypatch.setattr(pallas_backward, "stretch_room", lambda other_bytes, target: 2**20)
     tiles = AttentionTiles(32, 32)
-    tiling = Tiling.choose(case.spec, tiles, INTERPRET, (case.q_len, case.kv_len), False)
-    arrays = AttentionInputs(*(case.arrays[name] for name in ("q", "k", "v")))
-    assert pallas_backward.held(tiling, arrays, 0, INTERPRET)[0].follows
+    assert follows(case, tiles)
     check(case, AttentionConfig(tiles, tiles, tiles))
 
 
@@ -275,15 +273,20 @@ def test_queries_without_a_key_follow_none(monkeypatch):
     monkeypatch.setattr(pallas_backward, "stretch_room", lambda other_bytes, target: 2**20)
     case = Case(q_len=264, kv_len=200, q_heads=4, window_left=31)
     tiles = AttentionTiles(32, 32)
+    assert not follows(case, tiles)
+    check(case, AttentionConfig(tiles, tiles, tiles))
+
+
+def follows(case: Case, tiles: AttentionTiles) -> bool:
+    """Whether the backward holds those queries alone that see a tile of keys."""
     tiling = Tiling.choose(case.spec, tiles, INTERPRET, (case.q_len, case.kv_len), False)
     arrays = AttentionInputs(*(case.arrays[name] for name in ("q", "k", "v")))
-    assert not pallas_backward.held(tiling, arrays, 0, INTERPRET)[0].follows
-    check(case, AttentionConfig(tiles, tiles, tiles))
+    return pallas_backward.held(tiling, arrays, 0, INTERPRET)[0].follows
 
 
 @pytest.mark.parametrize("left", [0, 1, 127, 128, 1023, 5000])
 def test_tiles_of_every_window(left):
-    """Tiles are no larger than what a window reaches, and in the backward squares that its edges may cut."""
+    """Tiles are squares no larger than what a window reaches, or than 512, in the forward and in the backward."""
     spec = Case(window_left=left, dtype="bfloat16").spec
     for name in ("v5e", "v5p", "v6e", "v7x"):
         config = choose_config(spec, get_target(name))

@@ -58,7 +58,7 @@ def compile_plan(plan: Plan, target_name: str) -> tuple[KernelFacts, ...]:
     arrays = {**plan.inputs, **plan.outputs, **plan.scratch}
     programs: dict[str, KernelFacts] = {}
     for launch in plan.launches:
-        how = launch.kernel.__name__, launch.num_warps, launch.num_stages, launch.outputs
+        how = launch.kernel.__name__, launch.num_warps, launch.num_stages, launch.options, launch.outputs
         program = repr((how, specialise(launch, arrays, target)))
         if all(launch.grid) and program not in programs:
             programs[program] = _compile(launch, arrays, target)
@@ -76,7 +76,7 @@ def compiled_launch(
     return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=gpu_target(target),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **(options or {})},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options, **(options or {})},
     )
 
 

@@ -122,7 +122,12 @@ class _Part:
 
 
 def predict_program(program: Program, gpu: Gpu) -> Issue:
-    """The model's answer. Raises IssueError where the loops cannot be counted or matched."""
+    """The model's answer. Raises IssueError where the chip cannot launch it, or the loops cannot be counted."""
+    resident = occupancy(gpu, program.registers, program.shared, program.warps, program.tensor_memory)
+    if not resident.programs:
+        raise IssueError(
+            f"{program.name}: cannot be launched: one program asks for more {resident.limit} than there is"
+        )
     try:
         counter = Counter(program.ir)
         trips = _trips(program, counter)
@@ -130,7 +135,6 @@ def predict_program(program: Program, gpu: Gpu) -> Issue:
         raise IssueError(f"{program.name}: {error}") from error
     code = _parsed(program.code, gpu)
     parts = _parts(program, code, counter, trips)
-    resident = occupancy(gpu, program.registers, program.shared, program.warps, program.tensor_memory)
     programs = max(1, min(resident.programs, -(-prod(program.grid) // gpu.processors)))
     for part in parts:
         part.pace = _pace(part, gpu, programs, program.warps)

@@ -14,7 +14,7 @@ class Occupancy:
     """Programs on one multiprocessor.
 
     Attributes:
-        programs: resident at once.
+        programs: resident at once; 0: one alone asks for more than there is, and a launch fails.
         warps: of them all.
         limit: what allows no more: registers, shared memory, warps or programs.
         share: of the warps that the multiprocessor could hold.
@@ -47,5 +47,5 @@ def occupancy(gpu: Gpu, registers: int, shared: int, warps: int, tensor_memory: 
     if tensor_memory:
         room["tensor memory"] = 512 // tensor_memory
     limit = min(room, key=room.__getitem__)
-    programs = max(1, room[limit])
+    programs = room[limit]
     return Occupancy(programs, programs * warps, limit, min(1.0, programs * warps / (4 * gpu.warps)))

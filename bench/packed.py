@@ -51,7 +51,7 @@ class Program:
 def key_of(launch: Launch, specialised: tuple[Any, ...]) -> str:
     """The name of the program that the launch needs, specialised as `gpu.specialise` says."""
     where = launch.kernel.fn.__module__, launch.kernel.fn.__name__
-    told = where, launch.num_warps, launch.num_stages, specialised
+    told = where, launch.num_warps, launch.num_stages, launch.options, specialised
     return hashlib.sha256(repr(told).encode()).hexdigest()[:24]
 
 

@@ -450,6 +450,7 @@ def _launch_by_triton(launch: Launch, tensors: list[Tensor | None]) -> None:
         **launch.constants,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
+        **launch.options,
     )
 
 

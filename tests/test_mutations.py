@@ -309,7 +309,7 @@ class Suite:
 
 
 T, H, X = "attention/triton.py", "tiles/triton_tiles.py", "tiles/triton_expressions.py"
-KV, DQ, TP, TW = (f"attention/triton_{part}.py" for part in ("dkv", "dq", "planes", "weights"))
+KV, DQ, TP, TW, TG = (f"attention/triton_{part}.py" for part in ("dkv", "dq", "planes", "weights", "programs"))
 RN = "tiles/triton_philox.py"
 ATTENTION_TRITON = Suite(
     "attention",
@@ -458,8 +458,10 @@ ATTENTION_TRITON = Suite(
             "q_len = q_size",
             problems=("lengths",),
         ),
-        Mutation("the sequence before", H, "return low\n", "return tl.maximum(low - 1, 0)\n", problems=("packed",)),
-        Mutation("schedule without the extra tiles", H, "// BLOCK + middle\n", "// BLOCK\n", problems=("packed",)),
+        Mutation("the last tile of queries is forgotten", TG, "tiles - 1 - tile", "tl.maximum(tiles - 2 - tile, 0)"),
+        Mutation("a head twice", TG, "pair % heads, pair // heads", "pair % 2, pair // heads"),
+        Mutation("the sequence before", TG, "return low\n", "return tl.maximum(low - 1, 0)\n", problems=("packed",)),
+        Mutation("schedule without the extra tiles", TG, "// BLOCK + middle\n", "// BLOCK\n", problems=("packed",)),
         Mutation(
             "rows past the last sequence see keys",
             H,
@@ -474,11 +476,11 @@ ATTENTION_TRITON = Suite(
             "0.0",
             problems=("sinks",),
         ),
-        Mutation("runs begin a tile late", H, "~first, first) * BLOCK", "-first, first) * BLOCK", problems=("runs",)),
+        Mutation("runs begin a tile late", TG, "~first, first) * BLOCK", "-first, first) * BLOCK", problems=("runs",)),
         Mutation(
-            "runs begin a tile late, dq", H, "~first, first) * BLOCK", "-first, first) * BLOCK", BACKWARD, ("runs",)
+            "runs begin a tile late, dq", TG, "~first, first) * BLOCK", "-first, first) * BLOCK", BACKWARD, ("runs",)
         ),
-        Mutation("every run whole", H, "whole = first < 0", "whole = first == first", problems=("runs",)),
+        Mutation("every run whole", TG, "whole = first < 0", "whole = first == first", problems=("runs",)),
         Mutation(
             "runs of the next row of keys",
             KV,

@@ -35,12 +35,8 @@ from ..tiles.triton_tiles import (
     online_softmax,
     padded,
     rows_exist,
-    runs_of,
-    sequence_of,
     store_tile,
-    tile_head_batch,
     visible,
-    within_run,
 )
 from .sparsity import differs_by_head, with_runs
 from .spec import FLOAT8, INPUTS, AttentionInputs, AttentionSpec
@@ -59,6 +55,7 @@ from .triton_common import (
     size_constants,
     strides_of,
 )
+from .triton_programs import longest_first, runs_of, sequence_of, tile_head_batch, within_run
 
 __all__ = ["backward", "completed", "forward", "supports"]
 
@@ -199,9 +196,11 @@ def _forward_kernel(
         (plane2_batch, plane2_head, plane2_row, plane2_column), (plane3_batch, plane3_head, plane3_row, plane3_column),
         (plane4_batch, plane4_head, plane4_row, plane4_column), (plane5_batch, plane5_head, plane5_row, plane5_column),
     )  # fmt: skip
-    tile, head, batch = tile_head_batch(q_size, q_heads, sequences, BLOCK_Q, PACKED)
-    if RIGHT is not None and LEFT is None and not PACKED:
-        tile = tl.cdiv(q_size, BLOCK_Q) - 1 - tile  # the last tiles see the most keys: begin with them
+    if RIGHT is not None and LEFT is None:
+        WIDTH: tl.constexpr = tl.cdiv(HEAD_DIM + V_DIM, GROUP)
+        tile, head, batch = longest_first(q_size, q_heads, sequences, kv_size, WIDTH, BLOCK_Q, PACKED, True)
+    else:
+        tile, head, batch = tile_head_batch(q_size, q_heads, sequences, BLOCK_Q, PACKED)
     tile, item, q_first, q_len, kv_first, kv_len = sequence_of(
         tile, batch, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sequences, q_size, kv_size,
         False, Q_LENGTHS, KV_LENGTHS, PACKED, BLOCK_Q,

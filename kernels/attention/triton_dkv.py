@@ -18,12 +18,9 @@ from ..tiles.triton_tiles import (
     q_ranges,
     q_ranges_of_runs,
     rows_exist,
-    runs_of,
-    sequence_of,
     store_tile,
-    tile_head_batch,
-    within_run,
 )
+from .triton_programs import longest_first, runs_of, sequence_of, tile_head_batch, within_run
 from .triton_weights import weigh
 
 
@@ -150,7 +147,11 @@ def dkv_kernel(
         (plane2_batch, plane2_head, plane2_row, plane2_column), (plane3_batch, plane3_head, plane3_row, plane3_column),
         (plane4_batch, plane4_head, plane4_row, plane4_column), (plane5_batch, plane5_head, plane5_row, plane5_column),
     )  # fmt: skip
-    tile, kv_head, batch = tile_head_batch(kv_size, kv_heads, sequences, BLOCK_KV, PACKED)
+    if RIGHT is not None and LEFT is None:
+        WIDTH: tl.constexpr = GROUP * (HEAD_DIM + V_DIM)
+        tile, kv_head, batch = longest_first(kv_size, kv_heads, sequences, q_size, WIDTH, BLOCK_KV, PACKED, False)
+    else:
+        tile, kv_head, batch = tile_head_batch(kv_size, kv_heads, sequences, BLOCK_KV, PACKED)
     tile, item, q_first, q_len, kv_first, kv_len = sequence_of(
         tile, batch, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sequences, q_size, kv_size,
         True, Q_LENGTHS, KV_LENGTHS, PACKED, BLOCK_KV,

@@ -13,19 +13,11 @@ from ..tiles.expressions import SCORE, plane
 from ..tiles.launch import Array, Launch, contiguous
 from ..tiles.triton_expressions import evaluate, indices, load_planes, score_constant
 from ..tiles.triton_philox import kept
-from ..tiles.triton_tiles import (
-    LOG2_E,
-    advance,
-    head_columns,
-    kv_ranges,
-    length_of,
-    load_rows,
-    load_tile,
-    rows_of_sequence,
-)
+from ..tiles.triton_tiles import LOG2_E, advance, head_columns, kv_ranges, load_rows, load_tile
 from .spec import AttentionInputs, AttentionSpec
 from .tiles import AttentionTiles
 from .triton_common import score_constants, score_numbers, sink_strides, size_constants, slope_of, strides_of
+from .triton_programs import length_of, rows_of_sequence
 from .triton_weights import weigh
 
 _SUMMED = 512  # numbers at a time

@@ -7,18 +7,10 @@ import triton.language as tl
 
 from ..tiles.launch import Array, Launch
 from ..tiles.triton_expressions import evaluate, truth
-from ..tiles.triton_tiles import (
-    LOG2_E,
-    advance,
-    length_of,
-    load_rows,
-    load_tile,
-    rows_exist,
-    tile_head_batch,
-    visible,
-)
+from ..tiles.triton_tiles import LOG2_E, advance, load_rows, load_tile, rows_exist, visible
 from .spec import AttentionInputs, AttentionSpec
 from .triton_common import strides_of, wide
+from .triton_programs import length_of, tile_head_batch
 
 _PREPARE_ROWS = 32
 

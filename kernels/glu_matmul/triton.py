@@ -20,7 +20,6 @@ from ..tiles.triton_gate import dz_launch, store_gated
 from ..tiles.triton_products import (
     add_product,
     element,
-    grouped,
     has_runs,
     shrink,
     store,
@@ -30,7 +29,7 @@ from ..tiles.triton_products import (
     warps,
     wide,
 )
-from ..tiles.triton_tiles import advance
+from ..tiles.triton_tiles import advance, grouped
 from .spec import GluMatmulSpec
 from .tiles import GluMatmulConfig, GluMatmulTiles
 

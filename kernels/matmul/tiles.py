@@ -36,6 +36,8 @@ class MatmulConfig:
             stores one.
         descriptors: 1: tiles are loaded by the chip's copy engine (TMA) where the arrays' strides allow it.
         specialize: 1: warps of their own load and multiply, beside those that store (sm_100).
+        matrix_size: rows and columns of what one instruction multiplies on AMD's chips, 16 or 32; 0: the compiler's
+            choice.
     """
 
     block_m: int
@@ -51,6 +53,7 @@ class MatmulConfig:
     persistent: int = 0
     descriptors: int = 0
     specialize: int = 0
+    matrix_size: int = 0
 
 
 CONFIG = MatmulConfig
@@ -88,13 +91,13 @@ _C = MatmulConfig
 # (`_for_tpu` takes larger ones where they fit). Skinny tiles keep as many bytes of b on their way as the memory needs
 # to be busy; on a TPU a step brings so many of them that what the step itself costs is small beside the copy.
 _NARROW = {
-    "sm_80": _C(128, 256, 64, num_warps=8, num_stages=3, skinny_n=128, skinny_k=128),
+    "sm_80": _C(128, 128, 32, num_warps=4, num_stages=4, skinny_n=128, skinny_k=128),
     "sm_90": _C(128, 256, 64, num_warps=8, num_stages=4, skinny_n=128, skinny_k=128, persistent=1, descriptors=1),
     "sm_100": _C(
         128, 256, 64, num_warps=8, num_stages=4, skinny_n=128, skinny_k=128, persistent=1, descriptors=1, specialize=1
     ),
-    "gfx942": _C(256, 256, 64, num_warps=8, skinny_n=128, skinny_k=128),
-    "gfx950": _C(256, 128, 64, num_warps=8, skinny_n=128, skinny_k=128),
+    "gfx942": _C(256, 256, 64, num_warps=8, skinny_n=128, skinny_k=128, matrix_size=16),
+    "gfx950": _C(256, 128, 64, num_warps=8, skinny_n=128, skinny_k=128, matrix_size=16),
     "v4": _C(512, 1024, 512, skinny_n=2048, skinny_k=512),  # 16 MiB of VMEM
     "v5e": _C(1024, 1024, 512, skinny_n=1024, skinny_k=2048),
     "v5p": _C(1024, 1024, 512, skinny_n=1024, skinny_k=2048),

@@ -61,8 +61,10 @@ class Product:
         if all(map(has_runs, (self.a[1], self.b[1], contiguous((1, m, n), "")))):
             return config
         # Each element has an address of its own: those of a large step do not fit the registers, nor does a large tile
-        # fit the shared memory on its way to the store.
-        return replace(config, block_n=min(block_n, 64 if self.a[1].dtype == "float32" else 128), block_k=16)
+        # fit the shared memory on its way to the store; more warps have more registers.
+        narrow = min(block_n, 64 if self.a[1].dtype == "float32" else 128)
+        num_warps = 8 if block_m * narrow >= 128 * 128 else config.num_warps
+        return replace(config, block_n=narrow, block_k=16, num_warps=max(config.num_warps, num_warps))
 
     def _multiply(self, config: MatmulConfig, first: int, tiles: int, parts: int, outputs: tuple[str, ...]) -> Launch:
         """The launch of `tiles` tiles from the first on: whole, or each as so many parts of its sum."""
@@ -111,6 +113,7 @@ class Product:
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             dot_dtype=a.dtype,
+            options={"matrix_instr_nonkdim": config.matrix_size} if config.matrix_size else {},
             without_memory={"DESCRIPTORS": False, "SPECIALIZE": False} if by_descriptors else {},
         )
 

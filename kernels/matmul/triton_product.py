@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..tiles.triton_epilogue import epilogue
-from ..tiles.triton_products import add_product, element, grouped
-from ..tiles.triton_tiles import advance
+from ..tiles.triton_products import add_product, element
+from ..tiles.triton_tiles import advance, grouped
 
 
 @triton.jit(do_not_specialize=["m", "first", "tiles", "parts"])

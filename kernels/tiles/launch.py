@@ -51,6 +51,7 @@ class Launch:
         without_memory: constants to take instead where the runner has no memory to give to a kernel while it runs, as
             tensor descriptors need.
         shares: of arrays of which it touches a part, which part of them that is; by name.
+        options: more of the compiler's for this chip, which only change its speed: jax-triton passes none.
     """
 
     kernel: Any
@@ -64,6 +65,7 @@ class Launch:
     dot_dtype: str = ""
     without_memory: Mapping[str, Any] = field(default_factory=dict)
     shares: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = (*self.inputs, *self.outputs)

@@ -55,7 +55,12 @@ def test_groups_of_products_are_waited_for() -> None:
 
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "programs", "limit"),
-    [(255, 0, 8, 1, "registers"), (32, 100_000, 4, 2, "shared memory"), (32, 0, 16, 4, "registers")],
+    [
+        (255, 0, 8, 1, "registers"),
+        (32, 100_000, 4, 2, "shared memory"),
+        (32, 0, 16, 4, "registers"),
+        (32, 300_000, 4, 0, "shared memory"),
+    ],
 )
 def test_occupancy(registers: int, shared: int, warps: int, programs: int, limit: str) -> None:
     found = occupancy(H100, registers, shared, warps)

@@ -22,13 +22,13 @@ from crosstile.kernels.attention import reference
 from crosstile.kernels.attention import triton as kernels
 from crosstile.kernels.attention.spec import INPUTS, AttentionSpec
 from crosstile.kernels.attention.tiles import choose_config
+from crosstile.kernels.attention.triton_programs import find_sequence, longest_first
 from crosstile.kernels.tiles.expressions import SCORE, Expression, const, functions_of, plane
 from crosstile.kernels.tiles.expressions import evaluate as evaluate_in_numpy
 from crosstile.kernels.tiles.launch import Array, Launch, Plan, contiguous
 from crosstile.kernels.tiles.targets import INTERPRET, get_target
 from crosstile.kernels.tiles.triton_expressions import constant, evaluate, tanh
 from crosstile.kernels.tiles.triton_interpreter import run
-from crosstile.kernels.tiles.triton_tiles import find_sequence
 
 ULP = 2.0**-23
 FLOOR = 8  # ulps
@@ -408,6 +408,34 @@ def test_every_row_of_every_sequence_has_a_tile(lengths, tail):
         end = [*cu_seqlens, tokens][sequence + 1]
         rows += range(first, min(first + 16, end))
     assert rows == list(range(tokens))
+
+
+@triton.jit
+def _order_kernel(out, size, heads, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    tile, head, batch = longest_first(size, heads, 0, rows, WIDTH, BLOCK, False, LAST)
+    out += tl.program_id(0) * 3
+    tl.store(out, tile)
+    tl.store(out + 1, head)
+    tl.store(out + 2, batch)
+
+
+@pytest.mark.parametrize(("rows", "together"), [(1, 6), (2**21, 4), (2**23, 1), (2**30, 1)])
+@pytest.mark.parametrize("last", [True, False])
+def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(rows, together, last):
+    tiles, heads, batch = 5, 3, 2
+    numbers = {"size": 16 * tiles - 3, "heads": heads, "rows": rows}
+    grid = (tiles * heads * batch,)
+    launch = Launch(_order_kernel, grid, (), ("out",), numbers, {"WIDTH": 1, "BLOCK": 16, "LAST": last})
+    (found,) = run(Plan((launch,), {}, {"out": contiguous((*grid, 3), "int32")}), {})
+    order = [(tile, head + heads * item) for tile, head, item in found.tolist()]
+    pairs = range(heads * batch)
+    expected = [
+        (tile, pair)
+        for first in range(0, len(pairs), together)
+        for tile in sorted(range(tiles), reverse=last)
+        for pair in pairs[first : first + together]
+    ]
+    assert order == expected
 
 
 # What is compiled

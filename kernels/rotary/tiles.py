@@ -23,8 +23,8 @@ class RotaryConfig:
 CONFIG = RotaryConfig
 
 _INTERPRET = RotaryConfig(block_length=16, block_heads=2)  # several programs even in a small test
-# Of half a head's tile: 8 a thread of cos, of sin and of each half. ptxas for sm_100 spills unless 16 warps share them.
-_ELEMENTS, _ELEMENTS_SM_100 = 1024, 4096
+# Of half a head's tile: 8 a thread of cos, of sin and of each half. Of 16 ptxas for sm_100 spills none, of 8 some.
+_ELEMENTS, _ELEMENTS_SM_100 = 1024, 2048
 
 
 def choose_config(spec: RotarySpec, target: Target) -> RotaryConfig:
@@ -37,6 +37,5 @@ def choose_config(spec: RotarySpec, target: Target) -> RotaryConfig:
         fitting = room // (item_bytes * spec.heads * spec.head_dim)
         return RotaryConfig(block_length=min(max(16, fitting // 16 * 16), 512))
     half = 1 << (spec.rotary_dim // 2 - 1).bit_length()
-    if target.name == "sm_100":
-        return RotaryConfig(min(max(1, _ELEMENTS_SM_100 // half), 64), num_warps=16)
-    return RotaryConfig(min(max(1, _ELEMENTS // half), 64))
+    elements = _ELEMENTS_SM_100 if target.name == "sm_100" else _ELEMENTS
+    return RotaryConfig(min(max(1, elements // half), 64))

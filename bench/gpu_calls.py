@@ -231,8 +231,8 @@ def _tutorial_persistent(peers: Peers) -> Any:
     a, name = _tensor(4096, 4096, dtype="float16"), "09-persistent-matmul.py"
     if peers.has_copy_engine:
         product = peers.tutorial(name, "matmul_descriptor_persistent")
-        return product(a, a, warp_specialize=peers.target_name == "sm_100")
-    return peers.tutorial(name, "matmul_persistent")(a, a)
+        return product(a, a, warp_specialize=peers.target_name == "sm_100")  # whose second matrix is [n, k]
+    return peers.tutorial(name, "matmul_persistent")(a, a.T)
 
 
 def _norm(peers: Peers) -> Any:
@@ -259,7 +259,8 @@ def _swiglu(peers: Peers) -> Any:
     return module.swiglu_forward(_tensor(4096, 14336), _tensor(4096, 14336))
 
 
-_PAGED, _CHUNK, _MHA, _SQUARE = "llama-3-8b-paged", "llama-3-8b-chunk-16", "causal-4k-mha", "square-4096"
+_PAGED, _CHUNK, _MHA = "llama-3-8b-paged", "llama-3-8b-chunk-16", "causal-4k-mha"
+_SQUARE, _LINEAR = "square-4096", "square-4096-linear"
 
 CONTESTS = (
     Contest("attention", "attention", "llama-3-8b", "forward", "FLA", _fla),
@@ -278,7 +279,7 @@ CONTESTS = (
     Contest("paged decoding", "paged_attention", _PAGED, "forward", "vLLM", _vllm_paged(_PAGED)),
     Contest("paged prefill, 8 × 128", "paged_attention", _CHUNK, "forward", "vLLM", _vllm_paged(_CHUNK)),
     Contest("4096³", "matmul", _SQUARE, "forward", "tutorial 03", _tutorial_product, dtype="float16"),
-    Contest("4096³, persistent", "matmul", _SQUARE, "forward", "tutorial 09", _tutorial_persistent, dtype="float16"),
+    Contest("4096³, persistent", "matmul", _LINEAR, "forward", "tutorial 09", _tutorial_persistent, dtype="float16"),
     Contest("rms_norm of a sum", "norm", "llama-3-8b-norm", "forward", "Liger", _norm),
     Contest("rotary of q and k", "rotary", "llama-3-8b-rotary", "forward", "Liger", _rotary, in_place=True),
     Contest("cross-entropy of logits", "", "", "forward", "Liger", _cross_entropy, in_place=True),

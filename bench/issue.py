@@ -254,7 +254,7 @@ def _pace(part: _Part, gpu: Gpu, programs: int, warps: int) -> Pace:
     busy = dict(found.busy)
     if any(name.startswith("UTC") and name.endswith("MMA") for name in called):
         busy["tensor"] = busy.get("tensor", 0.0) + programs * part.work / gpu.matrix_rate
-    if "UTMALDG" in called:
+    if not called & {"LDG", "LDGSTS"}:  # the copy engine loads, here or for other warps that do nothing else
         busy["L2"] = busy.get("L2", 0.0) + programs * part.loaded / gpu.l2_bytes
     least = max(busy.get("tensor", 0.0) / gpu.matrix_share, busy.get("L2", 0.0))
     return Pace(max(found.cycles, least), busy, found.issued)

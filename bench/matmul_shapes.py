@@ -73,6 +73,7 @@ MATMUL = (
     MatmulShape("llama-3-8b-decode-16-down", 16, 14336, 4096, residual=True, trains=False, everyday=False),
     MatmulShape("llama-3-8b-decode-64-gate", 64, 4096, 14336, activation="silu", trains=False, everyday=False),
     MatmulShape("square-4096", 4096, 4096, 4096, everyday=False),
+    MatmulShape("square-4096-linear", 4096, 4096, 4096, weight_rows_are_outputs=True, everyday=False),
     MatmulShape("llama-3-8b-gate-product", 4096, 4096, 14336, everyday=False),
     MatmulShape("llama-3-8b-down-product", 4096, 14336, 4096, everyday=False),
     MatmulShape("long-k", 512, 65536, 512, everyday=False),

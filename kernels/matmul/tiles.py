@@ -34,7 +34,7 @@ class MatmulConfig:
         processors: how many programs the chip runs at a time; 0: not known, then split_k 0 is 1.
         persistent: 1: no more programs than processors, each of which walks many tiles and loads the next while it
             stores one.
-        descriptors: 1: tiles are loaded by the chip's copy engine (TMA) where the arrays' strides allow it.
+        descriptors: 1: the chip's copy engine (TMA) loads tiles, and stores results, where strides allow it.
         specialize: 1: warps of their own load and multiply, beside those that store (sm_100).
         matrix_size: rows and columns of what one instruction multiplies on AMD's chips, 16 or 32; 0: the compiler's
             choice.

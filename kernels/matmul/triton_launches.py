@@ -9,6 +9,7 @@ import triton
 from ..tiles.launch import Array, Launch, contiguous
 from ..tiles.triton_epilogue import constants_of, numbers_of, operands_of
 from ..tiles.triton_products import has_descriptor, has_runs, shrink, strides, turned, wide
+from ..tiles.triton_tiles import copies_apart
 from .tiles import MatmulConfig, of_rows, parts_of_sums, shrunk
 from .triton_product import add_parts, matmul
 
@@ -62,9 +63,9 @@ class Product:
             return config
         # Each element has an address of its own: those of a large step do not fit the registers, nor does a large tile
         # fit the shared memory on its way to the store; more warps have more registers.
-        narrow = min(block_n, 64 if self.a[1].dtype == "float32" else 128)
-        num_warps = 8 if block_m * narrow >= 128 * 128 else config.num_warps
-        return replace(config, block_n=narrow, block_k=16, num_warps=max(config.num_warps, num_warps))
+        block_m, block_n = min(block_m, 128), min(block_n, 64 if self.a[1].dtype == "float32" else 128)
+        num_warps = 8 if block_m * block_n == 128 * 128 else config.num_warps
+        return replace(config, block_m=block_m, block_n=block_n, block_k=16, num_warps=max(config.num_warps, num_warps))
 
     def _multiply(self, config: MatmulConfig, first: int, tiles: int, parts: int, outputs: tuple[str, ...]) -> Launch:
         """The launch of `tiles` tiles from the first on: whole, or each as so many parts of its sum."""
@@ -77,6 +78,7 @@ class Product:
         size = ITEM_BYTES[a.dtype]
         by_descriptors = bool(config.descriptors) and has_descriptor(a, size) and has_descriptor(b, size)
         specialize = bool(config.specialize) and by_descriptors
+        described = by_descriptors and whole and copies_apart(2 * n)  # outputs have two bytes a number or four
         return Launch(
             matmul,
             (config.processors if persistent else items,),
@@ -102,6 +104,7 @@ class Product:
                 "DESCRIPTORS": by_descriptors,
                 "TURNED_A": by_descriptors and turned(a, size),
                 "TURNED_B": by_descriptors and turned(b, size),
+                "DESCRIBED": described,
                 "EVEN_K": k % config.block_k == 0,
                 "ALIGNED_M": a.strides[1] == 1 and m % 16 == 0,  # loads of a run along m only then
                 "WIDE": self._wide(config),
@@ -114,7 +117,7 @@ class Product:
             num_stages=config.num_stages,
             dot_dtype=a.dtype,
             options={"matrix_instr_nonkdim": config.matrix_size} if config.matrix_size else {},
-            without_memory={"DESCRIPTORS": False, "SPECIALIZE": False} if by_descriptors else {},
+            without_memory=dict.fromkeys(("DESCRIPTORS", "SPECIALIZE", "DESCRIBED"), False) if by_descriptors else {},
         )
 
     def _add(self, config: MatmulConfig, first: int, tiles: int, parts: int, scratch: str) -> Launch:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles.triton_epilogue import epilogue
+from ..tiles.triton_epilogue import DESCRIBED_COLS, epilogue
 from ..tiles.triton_products import add_product, element
 from ..tiles.triton_tiles import advance, grouped
 
@@ -23,7 +23,7 @@ def matmul(
     bias_batch, bias_col, residual_batch, residual_row, residual_col,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVES: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, PERSISTENT: tl.constexpr, SPECIALIZE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, TURNED_A: tl.constexpr, TURNED_B: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, TURNED_A: tl.constexpr, TURNED_B: tl.constexpr, DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr, ALIGNED_M: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -42,17 +42,22 @@ def matmul(
             b = tl.make_tensor_descriptor(b, [n, k], [b_col, 1], [BLOCK_N, BLOCK_K])
         else:
             b = tl.make_tensor_descriptor(b, [k, n], [b_row, 1], [BLOCK_K, BLOCK_N])
+    if DESCRIBED:
+        COLS: tl.constexpr = min(DESCRIBED_COLS, BLOCK_N)
+        out = tl.make_tensor_descriptor(out, [m, n], [n, 1], [BLOCK_M, COLS])
+        if SAVES:
+            preactivation = tl.make_tensor_descriptor(preactivation, [m, n], [n, 1], [BLOCK_M, COLS])
     if PERSISTENT:
         # Made one with the loop along k, so that a program loads its next tile while it stores this one.
         for item in tl.range(
-            tl.program_id(0), tiles * parts, tl.num_programs(0), flatten=not SPECIALIZE, warp_specialize=SPECIALIZE
+            tl.program_id(0), tiles * parts, tl.num_programs(0), flatten=True, warp_specialize=SPECIALIZE
         ):
             _item(
                 item, a, b, bias, residual, preactivation, out, m, n, k, first, parts,
                 a_batch, a_row, a_col, b_batch, b_row, b_col,
                 bias_batch, bias_col, residual_batch, residual_row, residual_col,
                 ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, PRECISION, PARTS, False,
-                DESCRIPTORS, TURNED_A, TURNED_B, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+                DESCRIPTORS, TURNED_A, TURNED_B, DESCRIBED, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
             )  # fmt: skip
     else:
         _item(
@@ -60,7 +65,7 @@ def matmul(
             a_batch, a_row, a_col, b_batch, b_row, b_col,
             bias_batch, bias_col, residual_batch, residual_row, residual_col,
             ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, PRECISION, PARTS, SPECIALIZE,
-            DESCRIPTORS, TURNED_A, TURNED_B, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
+            DESCRIPTORS, TURNED_A, TURNED_B, DESCRIBED, EVEN_K, WIDE, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M,
         )  # fmt: skip
 
 
@@ -71,7 +76,7 @@ def _item(
     bias_batch, bias_col, residual_batch, residual_row, residual_col,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVES: tl.constexpr,
     PRECISION: tl.constexpr, PARTS: tl.constexpr, SPECIALIZE: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, TURNED_A: tl.constexpr, TURNED_B: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, TURNED_A: tl.constexpr, TURNED_B: tl.constexpr, DESCRIBED: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -82,7 +87,7 @@ def _item(
         begin = item % parts * length
         end = tl.minimum(k, begin + length)
         tile = first + item // parts
-    batch, row, col = _place(tile, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    batch, row, col = _place(tile, m, n, DESCRIPTORS, BLOCK_M, BLOCK_N, GROUP_M)
 
     if DESCRIPTORS:
         sums = _sum_by_descriptors(
@@ -102,17 +107,22 @@ def _item(
         epilogue(
             sums, bias, residual, preactivation, out, batch, row, col, m, n,
             bias_batch, bias_col, residual_batch, residual_row, residual_col,
-            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE, DESCRIBED,
         )  # fmt: skip
 
 
 @triton.jit
-def _place(tile, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(batch, row, col) of the first element of a tile, from where all offsets count."""
+def _place(
+    tile, m, n, ONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
+):  # fmt: skip
+    """(batch, row, col) of the first element of a tile, from where all offsets count; of ONE matrix batch is 0."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)
-    batch = tile // (tiles_m * tiles_n)
-    tile_m, tile_n = grouped(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
+    batch = 0
+    if not ONE:
+        batch = tile // (tiles_m * tiles_n)
+        tile = tile % (tiles_m * tiles_n)
+    tile_m, tile_n = grouped(tile, tiles_m, tiles_n, GROUP_M)
     return batch, tile_m * BLOCK_M, tile_n * BLOCK_N
 
 
@@ -124,7 +134,8 @@ def _sum_by_descriptors(
 ):  # fmt: skip
     """a @ b [BLOCK_M, BLOCK_N] over k from begin to end; what lies outside an array is loaded as 0."""
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in tl.range(begin, end, BLOCK_K, warp_specialize=SPECIALIZE):
+    for step in tl.range(0, tl.cdiv(end - begin, BLOCK_K), warp_specialize=SPECIALIZE):
+        start = begin + step * BLOCK_K
         if TURNED_A:
             a_tile = a.load([start, row]).T
         else:
@@ -162,7 +173,7 @@ def add_parts(
     pieces: tl.constexpr = BLOCK_M // ROWS * across
     number = tl.program_id(0) // pieces
     piece = tl.program_id(0) % pieces
-    batch, row, col = _place(first + number, m, n, BLOCK_M, BLOCK_N, GROUP_M)
+    batch, row, col = _place(first + number, m, n, False, BLOCK_M, BLOCK_N, GROUP_M)
     inside_row, inside_col = piece // across * ROWS, piece % across * COLS
     row += inside_row
     col += inside_col

@@ -16,6 +16,7 @@ from .triton_activations import activate, derivative
 from .triton_products import EPILOGUE_COLS, element, halves, indices, shrink, strides, wide
 from .triton_tiles import advance
 
+DESCRIBED_COLS = tl.constexpr(64)  # of 16 bits each: the widest row that the copy engine swizzles
 ELEMENTWISE_ROWS, ELEMENTWISE_COLS = 64, 128  # the tile of the kernels that only read, scale and sum
 
 
@@ -24,23 +25,25 @@ def epilogue(
     sums, bias, residual, preactivation, out, batch, row, col, m, n,
     bias_batch, bias_col, residual_batch, residual_row, residual_col,
     ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, SAVES: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, DESCRIBED: tl.constexpr = False,
 ):  # fmt: skip
     """Finish and store a tile of float32 sums whose first element is (row, col).
 
     A wide tile goes by halves: residual, activation and addresses of all of it at once would not fit the registers.
+    DESCRIBED outputs are descriptors of one matrix, by which the copy engine stores DESCRIBED_COLS columns at a time.
     """
-    if sums.shape[1] > EPILOGUE_COLS:
+    COLS: tl.constexpr = DESCRIBED_COLS if DESCRIBED else EPILOGUE_COLS
+    if sums.shape[1] > COLS:
         left, right = halves(sums)
         epilogue(
             left, bias, residual, preactivation, out, batch, row, col, m, n,
             bias_batch, bias_col, residual_batch, residual_row, residual_col,
-            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE, DESCRIBED,
         )  # fmt: skip
         epilogue(
             right, bias, residual, preactivation, out, batch, row, col + left.shape[1], m, n,
             bias_batch, bias_col, residual_batch, residual_row, residual_col,
-            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE,
+            ACTIVATION, HAS_BIAS, HAS_RESIDUAL, SAVES, WIDE, DESCRIBED,
         )  # fmt: skip
     else:
         rows = indices(sums.shape[0], WIDE)
@@ -52,15 +55,21 @@ def epilogue(
             bias = advance(advance(bias, batch, bias_batch), col, bias_col)
             sums += tl.load(bias + cols * bias_col, mask=cols_exist, other=0.0).to(tl.float32)[None, :]
         if SAVES:
-            preactivation = element(preactivation, batch, row, col, m, n)
-            tl.store(preactivation + offsets, sums.to(preactivation.dtype.element_ty), mask=exists)
+            if DESCRIBED:
+                preactivation.store([row, col], sums.to(preactivation.dtype))
+            else:
+                preactivation = element(preactivation, batch, row, col, m, n)
+                tl.store(preactivation + offsets, sums.to(preactivation.dtype.element_ty), mask=exists)
         result = activate(sums, ACTIVATION)
         if HAS_RESIDUAL:
             residual = advance(advance(advance(residual, batch, residual_batch), row, residual_row), col, residual_col)
             residual_offsets = rows[:, None] * residual_row + cols[None, :] * residual_col
             result += tl.load(residual + residual_offsets, mask=exists, other=0.0).to(tl.float32)
-        out = element(out, batch, row, col, m, n)
-        tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exists)
+        if DESCRIBED:
+            out.store([row, col], result.to(out.dtype))
+        else:
+            out = element(out, batch, row, col, m, n)
+            tl.store(out + offsets, result.to(out.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["m"])

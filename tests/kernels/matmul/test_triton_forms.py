@@ -166,7 +166,24 @@ def test_which_arrays_the_copy_engine_loads(a, loads):
     b = contiguous((a.shape[0], a.shape[2], 48), "float16")
     (launch,) = kernels.forward(MatmulSpec("float16", "float16"), FORMS["descriptors"], a, b, None, None).launches
     assert launch.constants["DESCRIPTORS"] is loads
-    assert launch.without_memory == ({"DESCRIPTORS": False, "SPECIALIZE": False} if loads else {})
+    forms = ("DESCRIPTORS", "SPECIALIZE", "DESCRIBED")
+    assert launch.without_memory == (dict.fromkeys(forms, False) if loads else {})
+
+
+@pytest.mark.parametrize(("n", "stores"), [(48, True), (44, False)])
+def test_the_copy_engine_stores_rows_that_begin_at_16_bytes(n, stores):
+    a, b = contiguous((1, 64, 128), "float16"), Array((1, 128, n), "float16", (128 * n, 1, 128))
+    (launch,) = kernels.forward(MatmulSpec("float16", "float16"), FORMS["descriptors"], a, b, None, None).launches
+    assert launch.constants["DESCRIPTORS"]
+    assert launch.constants["DESCRIBED"] is stores
+
+
+def test_amd_is_told_the_size_of_its_matrix_instructions():
+    a = contiguous((1, 256, 256), "float16")
+    for target in GPUS:
+        config = choose_config(MatmulSpec("float16", "float16"), get_target(target))
+        (launch,) = kernels.forward(MatmulSpec("float16", "float16"), config, a, a, None, None).launches
+        assert launch.options == ({"matrix_instr_nonkdim": 16} if target.startswith("gfx") else {})
 
 
 def test_a_transposed_view_of_an_unaligned_array_is_unaligned():

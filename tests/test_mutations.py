@@ -279,7 +279,10 @@ PROBLEMS: dict[str, dict[str, Any]] = {
             {"plane0": np.resize(np.arange(3, dtype=np.int32), (2, 1, 40, 1))},
         ),
     },
-    "matmul": {name or "plain": MatmulProblem(name) for name in (None, "relu", "gelu", "gelu_tanh", "silu")},
+    "matmul": {
+        **{name or "plain": MatmulProblem(name) for name in (None, "relu", "gelu", "gelu_tanh", "silu")},
+        "one matrix": MatmulProblem(None, (1, 40, 48, 40)),  # which the copy engine loads and stores
+    },
 }
 
 
@@ -917,6 +920,16 @@ MATMUL_TRITON = Suite(
             problems=PLAIN,
         ),
         Mutation("activation dropped", E, "result = activate(sums, ACTIVATION)", "result = sums", problems=("relu",)),
+        Mutation(
+            "the copy engine stores in row 0", E, "out.store([row, col]", "out.store([0, col]", problems=("one matrix",)
+        ),
+        Mutation(
+            "the copy engine loads the first step",
+            "matmul/triton_product.py",
+            "start = begin + step * BLOCK_K",
+            "start = begin",
+            problems=("one matrix",),
+        ),
         Mutation("the other gelu", A, "y = x * _normal_cdf(x)", "y = x * _tanh_cdf(x)", problems=GELU),
         Mutation(
             "last tile along k skipped",

@@ -461,7 +461,7 @@ ATTENTION_TRITON = Suite(
             "q_len = q_size",
             problems=("lengths",),
         ),
-        Mutation("the last tile of queries is forgotten", TG, "tiles - 1 - tile", "tl.maximum(tiles - 2 - tile, 0)"),
+        Mutation("the last tile of queries is forgotten", TG, "(1) - 1 - tile", "(1) - 1 - tl.maximum(tile, 1)"),
         Mutation("a head twice", TG, "pair % heads, pair // heads", "pair % 2, pair // heads"),
         Mutation("the sequence before", TG, "return low\n", "return tl.maximum(low - 1, 0)\n", problems=("packed",)),
         Mutation("schedule without the extra tiles", TG, "// BLOCK + middle\n", "// BLOCK\n", problems=("packed",)),

@@ -16,10 +16,11 @@ _KEYS_OF_FEW = 1024  # a megabyte of two heads' keys and values, of which a grid
 class AttentionTiles:
     """Tiles of one kernel: block_q queries against block_kv keys at a time.
 
-    num_warps, num_stages and descriptors are for GPUs; TPU kernels do not read them, nor block_q where queries are few.
+    All but the blocks is for GPUs; TPU kernels do not read it, nor block_q where queries are few.
 
     Attributes:
         descriptors: 1: the chip's copy engine (TMA) loads the tiles of the sequence walked, where strides allow it.
+        longest_first: 1: under a causal mask the longest tiles of all heads begin; 0: those of one head after another.
     """
 
     block_q: int
@@ -27,6 +28,7 @@ class AttentionTiles:
     num_warps: int = 4
     num_stages: int = 2
     descriptors: int = 0
+    longest_first: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,24 @@ def choose_config(spec: AttentionSpec, target: Target, sizes: AttentionSizes | N
     return AttentionConfig(small, replace(small, descriptors=1), small)
 
 
-# By the width of a head on chip: (block_q, block_kv, num_warps, num_stages[, descriptors]) of the forward, dk/dv and dq
-# kernels. Large tiles, as long as the compiler spills no register, in both 16-bit types, causal or not; on sm_90 those
-# that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor. On sm_100 and AMD's chips
-# heads up to 128 and 256 have those that the issue model ranks first (`docs/performance.md`).
+# By the width of a head on chip: (block_q, block_kv, num_warps, num_stages[, descriptors[, longest_first]]) of the
+# forward, dk/dv and dq kernels. Large tiles, as long as the compiler spills no register, in both 16-bit types, causal
+# or not; on sm_90 those that an H100 ran fastest, programs of 64 rows, two or three of which share a multiprocessor.
+# Elsewhere heads up to 128 and 256 have those that the issue model ranks first (`docs/performance.md`).
 _Table = dict[int, tuple[tuple[int, ...], ...]]
 _Tables = dict[str, _Table]
 _GPU_TILES: _Tables = {
     "sm_80": {
-        64: ((128, 64, 4, 3), (32, 128, 8, 2), (64, 64, 4, 2)),
-        128: ((128, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 2)),
-        256: ((64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)),
+        64: ((128, 64, 4, 3), (64, 64, 8, 3), (128, 32, 4, 3)),
+        128: ((128, 64, 8, 3), (64, 32, 4, 2), (128, 32, 8, 3)),
+        192: ((128, 64, 8, 3), (16, 64, 8, 3), (64, 32, 8, 3)),
+        256: ((64, 32, 8, 3), (32, 32, 8, 3), (64, 32, 8, 3)),
         512: ((64, 16, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
         576: ((32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
     },
     "sm_90": {
         64: ((64, 64, 4, 3), (64, 64, 4, 3, 1), (64, 64, 4, 3, 1)),
-        128: ((64, 64, 4, 3), (64, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
+        128: ((64, 64, 4, 3), (64, 64, 4, 2, 1, 0), (64, 64, 4, 2, 1)),  # the order's place is one register too many
         192: ((128, 64, 8, 3), (16, 64, 4, 3), (64, 32, 4, 3)),
         256: ((128, 64, 8, 2, 1), (64, 32, 8, 3, 1), (64, 32, 4, 3, 1)),
         512: ((32, 32, 8, 1), (16, 32, 8, 1), (32, 32, 8, 1)),
@@ -156,7 +159,7 @@ _GPU_TILES_OF_SCORES: _Tables = {
     },
     "sm_90": {
         64: ((64, 64, 4, 3), (64, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
-        128: ((64, 64, 4, 3), (64, 64, 4, 2, 1), (64, 64, 4, 2, 1)),
+        128: ((64, 64, 4, 3), (64, 64, 4, 2, 1, 0), (64, 64, 4, 2, 1)),
         256: ((128, 64, 8, 2, 1), (64, 32, 8, 3, 1), (128, 32, 8, 3, 1)),
     },
     "sm_100": {
@@ -208,6 +211,8 @@ def _for_gpu(spec: AttentionSpec, target: Target) -> AttentionConfig:
         table = {**table, **_GPU_TILES_OF_MASKS.get(name, {})}
     if spec.plane_gradients:
         table = {**table, **_GPU_TILES_OF_PLANES.get(name, {})}
+    if 192 in table and spec.v_dim > 128:  # heads of 192 are DeepSeek's, whose values are 128 wide
+        width = max(width, 193)
     bucket = min(size for size in table if width <= size)
     return AttentionConfig(*(AttentionTiles(*tiles) for tiles in table[bucket]))
 

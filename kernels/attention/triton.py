@@ -55,7 +55,7 @@ from .triton_common import (
     size_constants,
     strides_of,
 )
-from .triton_programs import longest_first, runs_of, sequence_of, tile_head_batch, within_run
+from .triton_programs import runs_of, sequence_of, tile_head_batch, within_run
 
 __all__ = ["backward", "completed", "forward", "supports"]
 
@@ -183,7 +183,7 @@ def _forward_kernel(
     plane4_batch, plane4_head, plane4_row, plane4_column, plane5_batch, plane5_head, plane5_row, plane5_column,
     score_scale, log2_scale, kept_share, q_size, kv_size, q_heads, sequences,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
+    LONGEST: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr, SINKS: tl.constexpr,
     VALUE_SCALES: tl.constexpr, RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr, WEIGHT: tl.constexpr, EXPONENT: tl.constexpr, NEGATE: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
@@ -196,11 +196,7 @@ def _forward_kernel(
         (plane2_batch, plane2_head, plane2_row, plane2_column), (plane3_batch, plane3_head, plane3_row, plane3_column),
         (plane4_batch, plane4_head, plane4_row, plane4_column), (plane5_batch, plane5_head, plane5_row, plane5_column),
     )  # fmt: skip
-    if RIGHT is not None and LEFT is None:
-        WIDTH: tl.constexpr = tl.cdiv(HEAD_DIM + V_DIM, GROUP)
-        tile, head, batch = longest_first(q_size, q_heads, sequences, kv_size, WIDTH, BLOCK_Q, PACKED, True)
-    else:
-        tile, head, batch = tile_head_batch(q_size, q_heads, sequences, BLOCK_Q, PACKED)
+    tile, head, batch = tile_head_batch(q_size, q_heads, sequences, BLOCK_Q, PACKED, LONGEST, True)
     tile, item, q_first, q_len, kv_first, kv_len = sequence_of(
         tile, batch, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sequences, q_size, kv_size,
         False, Q_LENGTHS, KV_LENGTHS, PACKED, BLOCK_Q,
@@ -330,7 +326,9 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         "NEGATE": spec.score is None and spec.softmax_scale < 0,
         "DESCRIPTORS": by_descriptors(tiles, given.k, given.v),
     }
-    grid = programs(q_len, tiles.block_q, q_heads, given)
+    read = given.k.shape[1] * given.k.shape[2] * (spec.head_dim + spec.v_dim) / max(1, q_heads)
+    grid = programs(spec, tiles, q_len, tiles.block_q, q_heads, given, read)
+    constants["LONGEST"] = len(grid) == 3
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     reads = names_of(arrays, *(name for name in INPUTS if name not in ("dkv_runs", "dq_runs")))
     launch = Launch(_forward_kernel, grid, reads, ("out", "lse"), numbers, constants, *how)

@@ -68,17 +68,19 @@ def backward(
     }
     options = {**score_constants(spec, given), "SLOPE": slope_of(spec)}
     tiles = checked(config.dkv, "dkv")
-    grid = programs(kv_size, tiles.block_kv, kv_heads, given)
+    width = spec.head_dim + spec.v_dim
+    grid = programs(spec, tiles, kv_size, tiles.block_kv, kv_heads, given, q_size * q_heads * width / max(1, kv_heads))
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dk"], results["dv"])}
     constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, q, k, v, dout)}
+    constants["LONGEST"] = len(grid) == 3
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     dkv = Launch(dkv_kernel, grid, reads("dkv_runs"), ("dk", "dv"), {**numbers, "kv_heads": kv_heads}, constants, *how)
 
     tiles = checked(config.dq, "dq")
-    grid = programs(q_size, tiles.block_q, q_heads, given)
+    grid = programs(spec, tiles, q_size, tiles.block_q, q_heads, given, kv_size * kv_heads * width / max(1, q_heads))
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dq"])}
     constants |= {"RUNS": given.dq_runs is not None, "DESCRIPTORS": by_descriptors(tiles, k, v)}
-    constants["EXACT"] = exact
+    constants |= {"EXACT": exact, "LONGEST": len(grid) == 3}
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     subtracted = dlse if exact else None
     dq = Launch(

@@ -17,6 +17,8 @@ from .tiles import AttentionTiles
 
 ITEM_BYTES = {"float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 PLANE_AXES = ("batch", "head", "row", "column")
+_SHARED = 8 << 20  # numbers, of 16 bits each, in the L2 cache of the smallest chip, and room beside them
+_MOST_PROGRAMS = 65535  # along the second and the third axis of a grid
 
 
 def arrays_of(inputs: AttentionInputs) -> dict[str, Array]:
@@ -123,15 +125,32 @@ def wide(rows: int, *arrays: Array) -> bool:
     return needs_wide_offsets((rows, padded(array.shape[3]), array.strides[1], array.strides[3]) for array in arrays)
 
 
-def programs(size: int, block: int, heads: int, inputs: AttentionInputs) -> tuple[int]:
+def programs(
+    spec: AttentionSpec,
+    tiles: AttentionTiles,
+    size: int,
+    block: int,
+    heads: int,
+    inputs: AttentionInputs,
+    read: float,
+) -> tuple[int, ...]:
     """The grid of a kernel whose programs own `block` rows of a head each, of `size` that a batch item has.
 
     Packed sequences each begin a tile of their own, and so does what lies past the last: a tile more for each.
+
+    Under a causal mask work grows towards one end of a sequence, and a program that begins late and takes long leaves
+    the others idle. The grid then has three axes, (heads, tiles, more heads), of which chips begin those along the
+    first first: a tile of all heads before the next, or of as many as find in the L2 cache the `read` numbers of each.
     """
-    tiles = triton.cdiv(size, block)
+    count, pairs = triton.cdiv(size, block), heads * inputs.q.shape[0]
     if inputs.cu_seqlens_q is not None:
-        tiles += inputs.cu_seqlens_q.shape[0]
-    return (tiles * heads * inputs.q.shape[0],)
+        count += inputs.cu_seqlens_q.shape[0]
+    if tiles.longest_first and spec.right is not None and spec.left is None and pairs:
+        most = min(pairs, max(1, int(_SHARED // max(1, read))))
+        together = next(divisor for divisor in range(most, 0, -1) if pairs % divisor == 0)
+        if max(count, pairs // together) <= _MOST_PROGRAMS:
+            return (together, count, pairs // together)
+    return (count * pairs,)
 
 
 def checked(tiles: AttentionTiles, name: str) -> AttentionTiles:

@@ -5,40 +5,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..tiles.triton_tiles import grouped
-
-_SHARED = tl.constexpr(8 << 20)  # numbers, of 16 bits each, of the L2 cache: what programs side by side may read
-
 # Which program has which tile
 
 
 @triton.jit
-def tile_head_batch(size, heads, sequences, BLOCK: tl.constexpr, PACKED: tl.constexpr):
-    """This program's tile of the sequence, its head and its batch item; the tiles of a head share it in cache."""
-    program = tl.program_id(0)
-    tiles = tl.cdiv(size, BLOCK)
-    if PACKED:
-        tiles += sequences + 1
-    return program % tiles, program // tiles % heads, program // tiles // heads
-
-
-@triton.jit
-def longest_first(
-    size, heads, sequences, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PACKED: tl.constexpr, LAST: tl.constexpr
+def tile_head_batch(
+    size, heads, sequences, BLOCK: tl.constexpr, PACKED: tl.constexpr, LONGEST: tl.constexpr, LAST: tl.constexpr
 ):
-    """The same where work grows towards one end of the sequence: its last tile does most, or its first.
+    """This program's tile of the sequence, its head and its batch item.
 
-    A program that begins late and takes long leaves the others idle. So the longest tiles come first, of all heads, or
-    of so many as find in the L2 cache what they read: `rows` of WIDTH numbers each.
+    Tiles of a head follow each other, which then share it in cache. With LONGEST the grid is one of tiles by heads, and
+    those tiles come first that do most, the last tiles or the first: see `triton_common.programs`.
     """
-    tiles = tl.cdiv(size, BLOCK)
-    if PACKED:
-        tiles += sequences + 1
-    pairs = tl.num_programs(0) // tiles
-    together = tl.minimum(tl.maximum(_SHARED // WIDTH // tl.maximum(rows, 1), 1), pairs)
-    pair, tile = grouped(tl.program_id(0), pairs, tiles, together)
-    if LAST:
-        tile = tiles - 1 - tile
+    if LONGEST:
+        pair = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        tile = tl.program_id(1)
+        if LAST:
+            tile = tl.num_programs(1) - 1 - tile
+    else:
+        tiles = tl.cdiv(size, BLOCK)
+        if PACKED:
+            tiles += sequences + 1
+        tile = tl.program_id(0) % tiles
+        pair = tl.program_id(0) // tiles
     return tile, pair % heads, pair // heads
 
 

@@ -6,7 +6,7 @@ Tolerance: an error at most twice that of the definition itself computed in floa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,10 @@ from sweeps import one_in
 from crosstile.bench.gpu import compile_plan, specialise
 from crosstile.kernels.attention import reference
 from crosstile.kernels.attention import triton as kernels
-from crosstile.kernels.attention.spec import INPUTS, AttentionSpec
-from crosstile.kernels.attention.tiles import choose_config
-from crosstile.kernels.attention.triton_programs import find_sequence, longest_first
+from crosstile.kernels.attention.spec import INPUTS, AttentionInputs, AttentionSpec
+from crosstile.kernels.attention.tiles import AttentionTiles, choose_config
+from crosstile.kernels.attention.triton_common import programs
+from crosstile.kernels.attention.triton_programs import find_sequence, tile_head_batch
 from crosstile.kernels.tiles.expressions import SCORE, Expression, const, functions_of, plane
 from crosstile.kernels.tiles.expressions import evaluate as evaluate_in_numpy
 from crosstile.kernels.tiles.launch import Array, Launch, Plan, contiguous
@@ -411,31 +412,47 @@ def test_every_row_of_every_sequence_has_a_tile(lengths, tail):
 
 
 @triton.jit
-def _order_kernel(out, size, heads, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
-    tile, head, batch = longest_first(size, heads, 0, rows, WIDTH, BLOCK, False, LAST)
-    out += tl.program_id(0) * 3
-    tl.store(out, tile)
-    tl.store(out + 1, head)
-    tl.store(out + 2, batch)
+def _order_kernel(out, heads, sequences, PACKED: tl.constexpr, LAST: tl.constexpr):
+    tile, head, batch = tile_head_batch(0, heads, sequences, 16, PACKED, True, LAST)
+    number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(out + number * 3, tile)
+    tl.store(out + number * 3 + 1, head)
+    tl.store(out + number * 3 + 2, batch)
 
 
-@pytest.mark.parametrize(("rows", "together"), [(1, 6), (2**21, 4), (2**23, 1), (2**30, 1)])
+@pytest.mark.parametrize(("read", "together"), [(1, 6), (2**21, 3), (2**22, 2), (2**23, 1), (2**30, 1)])
 @pytest.mark.parametrize("last", [True, False])
-def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(rows, together, last):
-    tiles, heads, batch = 5, 3, 2
-    numbers = {"size": 16 * tiles - 3, "heads": heads, "rows": rows}
-    grid = (tiles * heads * batch,)
-    launch = Launch(_order_kernel, grid, (), ("out",), numbers, {"WIDTH": 1, "BLOCK": 16, "LAST": last})
-    (found,) = run(Plan((launch,), {}, {"out": contiguous((*grid, 3), "int32")}), {})
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(read, together, last, packed):
+    heads, batch, sequences = 3, 2, 4
+    spec = AttentionSpec(dtype="float32", head_dim=16, v_dim=16, causal=True)
+    ends = describe(np.zeros(sequences + 1, np.int32)) if packed else None
+    given = AttentionInputs(*[None] * len(INPUTS))._replace(
+        q=contiguous((batch, 77, heads, 16), "float32"), cu_seqlens_q=ends
+    )
+    grid = programs(spec, AttentionTiles(16, 16), 77, 16, heads, given, read)
+    tiles = 5 + packed * (sequences + 1)
+    assert grid == (together, tiles, heads * batch // together)
+    numbers, constants = {"heads": heads, "sequences": sequences}, {"PACKED": packed, "LAST": last}
+    launch = Launch(_order_kernel, grid, (), ("out",), numbers, constants)
+    (found,) = run(Plan((launch,), {}, {"out": contiguous((tiles * heads * batch, 3), "int32")}), {})
     order = [(tile, head + heads * item) for tile, head, item in found.tolist()]
     pairs = range(heads * batch)
-    expected = [
+    assert order == [
         (tile, pair)
-        for first in range(0, len(pairs), together)
+        for first in pairs[::together]
         for tile in sorted(range(tiles), reverse=last)
         for pair in pairs[first : first + together]
     ]
-    assert order == expected
+
+
+def test_programs_without_a_longest_tile_follow_each_other_by_heads():
+    given = AttentionInputs(*[None] * len(INPUTS))._replace(q=contiguous((2, 77, 3, 16), "float32"))
+    tiles, causal = AttentionTiles(16, 16), AttentionSpec(dtype="float32", head_dim=16, v_dim=16, causal=True)
+    assert programs(replace(causal, causal=False), tiles, 77, 16, 3, given, 1) == (30,)
+    assert programs(replace(causal, window_left=5), tiles, 77, 16, 3, given, 1) == (30,)
+    assert programs(causal, replace(tiles, longest_first=0), 77, 16, 3, given, 1) == (30,)
+    assert programs(causal, tiles, 16 * 65536, 16, 3, given, 1) == (6 * 65536,)  # more than an axis can have
 
 
 # What is compiled

@@ -461,8 +461,11 @@ ATTENTION_TRITON = Suite(
             "q_len = q_size",
             problems=("lengths",),
         ),
-        Mutation("the last tile of queries is forgotten", TG, "(1) - 1 - tile", "(1) - 1 - tl.maximum(tile, 1)"),
-        Mutation("a head twice", TG, "pair % heads, pair // heads", "pair % 2, pair // heads"),
+        Mutation(
+            "the last tile of queries is forgotten", TG, "- tl.program_id(1)", "- tl.maximum(tl.program_id(1), 1)"
+        ),
+        Mutation("a head twice", TG, "head, batch = pair % heads", "head, batch = pair % 2"),
+        Mutation("a tile of keys twice", TG, "tile = within // together", "tile = within // together // 2", BACKWARD),
         Mutation("the sequence before", TG, "return low\n", "return tl.maximum(low - 1, 0)\n", problems=("packed",)),
         Mutation("schedule without the extra tiles", TG, "// BLOCK + middle\n", "// BLOCK\n", problems=("packed",)),
         Mutation(

@@ -55,7 +55,7 @@ from .triton_common import (
     size_constants,
     strides_of,
 )
-from .triton_programs import runs_of, sequence_of, tile_head_batch, within_run
+from .triton_programs import runs_of, sequence_of, tile_head_batch_of_axes, within_run
 
 __all__ = ["backward", "completed", "forward", "supports"]
 
@@ -196,7 +196,7 @@ def _forward_kernel(
         (plane2_batch, plane2_head, plane2_row, plane2_column), (plane3_batch, plane3_head, plane3_row, plane3_column),
         (plane4_batch, plane4_head, plane4_row, plane4_column), (plane5_batch, plane5_head, plane5_row, plane5_column),
     )  # fmt: skip
-    tile, head, batch = tile_head_batch(q_size, q_heads, sequences, BLOCK_Q, PACKED, LONGEST, True)
+    tile, head, batch = tile_head_batch_of_axes(q_size, q_heads, sequences, BLOCK_Q, PACKED, LONGEST)
     tile, item, q_first, q_len, kv_first, kv_len = sequence_of(
         tile, batch, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sequences, q_size, kv_size,
         False, Q_LENGTHS, KV_LENGTHS, PACKED, BLOCK_Q,

@@ -5,7 +5,7 @@ Both recompute the weights from lse. What every row needs of it is prepared once
 
 from __future__ import annotations
 
-from math import e, log2
+from math import e, log2, prod
 
 from ..tiles.launch import Array, Launch, Plan, contiguous
 from .spec import INPUTS, AttentionInputs, AttentionSpec, needs_exact_delta
@@ -73,8 +73,9 @@ def backward(
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dk"], results["dv"])}
     constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, q, k, v, dout)}
     constants["LONGEST"] = len(grid) == 3
+    of_order = {"kv_heads": kv_heads, "together": grid[0] if len(grid) == 3 else None}
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
-    dkv = Launch(dkv_kernel, grid, reads("dkv_runs"), ("dk", "dv"), {**numbers, "kv_heads": kv_heads}, constants, *how)
+    dkv = Launch(dkv_kernel, (prod(grid),), reads("dkv_runs"), ("dk", "dv"), {**numbers, **of_order}, constants, *how)
 
     tiles = checked(config.dq, "dq")
     grid = programs(spec, tiles, q_size, tiles.block_q, q_heads, given, kv_size * kv_heads * width / max(1, q_heads))

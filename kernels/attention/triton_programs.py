@@ -9,26 +9,38 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_head_batch(
-    size, heads, sequences, BLOCK: tl.constexpr, PACKED: tl.constexpr, LONGEST: tl.constexpr, LAST: tl.constexpr
-):
+def tile_head_batch(size, heads, sequences, together, BLOCK: tl.constexpr, PACKED: tl.constexpr, LONGEST: tl.constexpr):
     """This program's tile of the sequence, its head and its batch item.
 
-    Tiles of a head follow each other, which then share it in cache. With LONGEST the grid is one of tiles by heads, and
-    those tiles come first that do most, the last tiles or the first: see `triton_common.programs`.
+    Tiles of a head follow each other, which then share it in cache; with LONGEST one tile of `together` heads does,
+    before the next (`triton_common.programs`).
     """
+    tiles = tl.cdiv(size, BLOCK)
+    if PACKED:
+        tiles += sequences + 1
     if LONGEST:
-        pair = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        tile = tl.program_id(1)
-        if LAST:
-            tile = tl.num_programs(1) - 1 - tile
+        within = tl.program_id(0) % (tiles * together)
+        tile = within // together
+        pair = tl.program_id(0) // (tiles * together) * together + within % together
     else:
-        tiles = tl.cdiv(size, BLOCK)
-        if PACKED:
-            tiles += sequences + 1
         tile = tl.program_id(0) % tiles
         pair = tl.program_id(0) // tiles
     return tile, pair % heads, pair // heads
+
+
+@triton.jit
+def tile_head_batch_of_axes(size, heads, sequences, BLOCK: tl.constexpr, PACKED: tl.constexpr, LONGEST: tl.constexpr):
+    """The same where the last tile is the longest, and with LONGEST the grid is (heads together, tiles, more heads).
+
+    Nothing is divided then. (But ptxas for sm_90 spills what the three numbers take in the kernel of dk and dv.)
+    """
+    if LONGEST:
+        pair = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        tile = tl.num_programs(1) - 1 - tl.program_id(1)
+        head, batch = pair % heads, pair // heads
+    else:
+        tile, head, batch = tile_head_batch(size, heads, sequences, None, BLOCK, PACKED, False)
+    return tile, head, batch
 
 
 # Which tiles a mask shows: runs of them, in a list that `kernels/attention/sparsity.py` describes

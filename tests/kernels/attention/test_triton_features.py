@@ -23,7 +23,7 @@ from crosstile.kernels.attention import triton as kernels
 from crosstile.kernels.attention.spec import INPUTS, AttentionInputs, AttentionSpec
 from crosstile.kernels.attention.tiles import AttentionTiles, choose_config
 from crosstile.kernels.attention.triton_common import programs
-from crosstile.kernels.attention.triton_programs import find_sequence, tile_head_batch
+from crosstile.kernels.attention.triton_programs import find_sequence, tile_head_batch, tile_head_batch_of_axes
 from crosstile.kernels.tiles.expressions import SCORE, Expression, const, functions_of, plane
 from crosstile.kernels.tiles.expressions import evaluate as evaluate_in_numpy
 from crosstile.kernels.tiles.launch import Array, Launch, Plan, contiguous
@@ -412,18 +412,21 @@ def test_every_row_of_every_sequence_has_a_tile(lengths, tail):
 
 
 @triton.jit
-def _order_kernel(out, heads, sequences, PACKED: tl.constexpr, LAST: tl.constexpr):
-    tile, head, batch = tile_head_batch(0, heads, sequences, 16, PACKED, True, LAST)
-    number = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out + number * 3, tile)
-    tl.store(out + number * 3 + 1, head)
-    tl.store(out + number * 3 + 2, batch)
+def _order_kernel(out, size, heads, sequences, together, PACKED: tl.constexpr, AXES: tl.constexpr):
+    if AXES:
+        tile, head, batch = tile_head_batch_of_axes(size, heads, sequences, 16, PACKED, True)
+    else:
+        tile, head, batch = tile_head_batch(size, heads, sequences, together, 16, PACKED, True)
+    out += ((tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)) * 3
+    tl.store(out, tile)
+    tl.store(out + 1, head)
+    tl.store(out + 2, batch)
 
 
 @pytest.mark.parametrize(("read", "together"), [(1, 6), (2**21, 3), (2**22, 2), (2**23, 1), (2**30, 1)])
-@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("axes", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(read, together, last, packed):
+def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(read, together, axes, packed):
     heads, batch, sequences = 3, 2, 4
     spec = AttentionSpec(dtype="float32", head_dim=16, v_dim=16, causal=True)
     ends = describe(np.zeros(sequences + 1, np.int32)) if packed else None
@@ -433,15 +436,16 @@ def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(read, to
     grid = programs(spec, AttentionTiles(16, 16), 77, 16, heads, given, read)
     tiles = 5 + packed * (sequences + 1)
     assert grid == (together, tiles, heads * batch // together)
-    numbers, constants = {"heads": heads, "sequences": sequences}, {"PACKED": packed, "LAST": last}
-    launch = Launch(_order_kernel, grid, (), ("out",), numbers, constants)
+    numbers = {"size": 77, "heads": heads, "sequences": sequences, "together": together}
+    places = grid if axes else (tiles * heads * batch,)
+    launch = Launch(_order_kernel, places, (), ("out",), numbers, {"PACKED": packed, "AXES": axes})
     (found,) = run(Plan((launch,), {}, {"out": contiguous((tiles * heads * batch, 3), "int32")}), {})
     order = [(tile, head + heads * item) for tile, head, item in found.tolist()]
     pairs = range(heads * batch)
     assert order == [
         (tile, pair)
         for first in pairs[::together]
-        for tile in sorted(range(tiles), reverse=last)
+        for tile in sorted(range(tiles), reverse=axes)
         for pair in pairs[first : first + together]
     ]
 

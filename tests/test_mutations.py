@@ -456,7 +456,7 @@ ATTENTION_TRITON = Suite(
         ),
         Mutation(
             "aligned by the padded size",
-            H,
+            TG,
             "q_len = length_of(q_lengths, batch, q_size, Q_LENGTHS)",
             "q_len = q_size",
             problems=("lengths",),
@@ -470,7 +470,7 @@ ATTENTION_TRITON = Suite(
         Mutation("schedule without the extra tiles", TG, "// BLOCK + middle\n", "// BLOCK\n", problems=("packed",)),
         Mutation(
             "rows past the last sequence see keys",
-            H,
+            TG,
             "kv_len = tl.where(item < sequences, kv_len, 0)",
             "kv_len = kv_size - kv_first",
             problems=("packed",),

@@ -17,7 +17,7 @@ from .tiles import AttentionTiles
 
 ITEM_BYTES = {"float8_e4m3fn": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 PLANE_AXES = ("batch", "head", "row", "column")
-_SHARED = 8 << 20  # numbers, of 16 bits each, in the L2 cache of the smallest chip, and room beside them
+_SHARED = 8 << 20  # numbers of 16 bits, in less than half of an A100's L2 cache
 _MOST_PROGRAMS = 65535  # along the second and the third axis of a grid
 
 
@@ -139,8 +139,9 @@ def programs(
     Packed sequences each begin a tile of their own, and so does what lies past the last: a tile more for each.
 
     Under a causal mask work grows towards one end of a sequence, and a program that begins late and takes long leaves
-    the others idle. The grid then has three axes, (heads, tiles, more heads), of which chips begin those along the
-    first first: a tile of all heads before the next, or of as many as find in the L2 cache the `read` numbers of each.
+    the others idle. The grid then has three axes, (heads together, tiles, more heads), and chips go along the first
+    before the second: one tile of all heads, then the next. Together are as many heads as find in the L2 cache what
+    they read, `read` numbers each.
     """
     count, pairs = triton.cdiv(size, block), heads * inputs.q.shape[0]
     if inputs.cu_seqlens_q is not None:

@@ -20,6 +20,7 @@ from ..tiles.triton_gate import dz_launch, store_gated
 from ..tiles.triton_products import (
     add_product,
     element,
+    grouped,
     has_runs,
     shrink,
     store,
@@ -29,7 +30,7 @@ from ..tiles.triton_products import (
     warps,
     wide,
 )
-from ..tiles.triton_tiles import advance, grouped
+from ..tiles.triton_tiles import advance
 from .spec import GluMatmulSpec
 from .tiles import GluMatmulConfig, GluMatmulTiles
 

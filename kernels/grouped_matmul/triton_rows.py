@@ -16,6 +16,7 @@ from ..tiles.launch import Array, Launch, contiguous
 from ..tiles.triton_gate import store_gated
 from ..tiles.triton_products import (
     add_product,
+    grouped,
     has_runs,
     runs_along_rows,
     shrink,
@@ -25,7 +26,7 @@ from ..tiles.triton_products import (
     warps,
     wide,
 )
-from ..tiles.triton_tiles import advance, grouped
+from ..tiles.triton_tiles import advance
 from .tiles import GroupedMatmulTiles
 from .triton_schedule import entry
 

@@ -37,6 +37,8 @@ class Product:
     def launches(self, config: MatmulConfig) -> tuple[tuple[Launch, ...], dict[str, Array]]:
         """The launches in order, and the scratch between them."""
         (batch, m, k), n = self.a[1].shape, self.b[1].shape[2]
+        if config.matrix_size not in (0, 16, 32):
+            raise ValueError(f"config: matrix_size is {config.matrix_size}; it must be 16 or 32, or 0")
         config = self._fitted(config)
         tiles = batch * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
         whole, parts = parts_of_sums(config, m, tiles, triton.cdiv(k, config.block_k))

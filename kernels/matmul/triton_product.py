@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ..tiles.triton_epilogue import DESCRIBED_COLS, epilogue
-from ..tiles.triton_products import add_product, element
-from ..tiles.triton_tiles import advance, grouped
+from ..tiles.triton_products import add_product, element, grouped
+from ..tiles.triton_tiles import advance
 
 
 @triton.jit(do_not_specialize=["m", "first", "tiles", "parts"])
@@ -112,9 +112,7 @@ def _item(
 
 
 @triton.jit
-def _place(
-    tile, m, n, ONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr
-):  # fmt: skip
+def _place(tile, m, n, ONE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """(batch, row, col) of the first element of a tile, from where all offsets count; of ONE matrix batch is 0."""
     tiles_m = tl.cdiv(m, BLOCK_M)
     tiles_n = tl.cdiv(n, BLOCK_N)

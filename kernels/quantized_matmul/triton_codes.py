@@ -11,8 +11,8 @@ import triton.language as tl
 
 from ..tiles.triton_epilogue import epilogue
 from ..tiles.triton_formats import GROUP, block_scale, codes_of, is_packed, row_scale, scale_of
-from ..tiles.triton_products import element, indices, store
-from ..tiles.triton_tiles import advance, grouped
+from ..tiles.triton_products import element, grouped, indices, store
+from ..tiles.triton_tiles import advance
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -18,8 +18,8 @@ from ..tiles.triton_formats import (
     place,
     weights_of,
 )
-from ..tiles.triton_products import element, indices, store
-from ..tiles.triton_tiles import advance, grouped
+from ..tiles.triton_products import element, grouped, indices, store
+from ..tiles.triton_tiles import advance
 
 
 @triton.jit(do_not_specialize=["m"])

@@ -14,6 +14,15 @@ EPILOGUE_COLS = tl.constexpr(32)  # of a wide tile are finished and stored at a 
 
 
 @triton.jit
+def grouped(tile, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """The place of a tile when GROUP_M rows of tiles are walked column by column, so that they share b in the L2."""
+    first = tile // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return first + within % height, within // height
+
+
+@triton.jit
 def indices(SIZE: tl.constexpr, WIDE: tl.constexpr):
     """0 .. SIZE - 1, in 64 bits where the offsets inside a tile need them."""
     index = tl.arange(0, SIZE)

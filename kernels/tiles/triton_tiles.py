@@ -157,18 +157,6 @@ def store_tile(
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=mask)
 
 
-# The order of tiles
-
-
-@triton.jit
-def grouped(tile, tiles_m, tiles_n, group_m):
-    """The place of a tile when group_m rows of tiles are walked column by column, so that they share the L2 cache."""
-    first = tile // (group_m * tiles_n) * group_m
-    height = tl.minimum(tiles_m - first, group_m)
-    within = tile % (group_m * tiles_n)
-    return first + within % height, within // height
-
-
 # Which keys a query sees. With i' = i + kv_len - q_len: key j where i' - LEFT <= j <= i' + RIGHT; None is unbounded.
 
 

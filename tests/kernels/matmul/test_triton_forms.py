@@ -184,6 +184,8 @@ def test_amd_is_told_the_size_of_its_matrix_instructions():
         config = choose_config(MatmulSpec("float16", "float16"), get_target(target))
         (launch,) = kernels.forward(MatmulSpec("float16", "float16"), config, a, a, None, None).launches
         assert launch.options == ({"matrix_instr_nonkdim": 16} if target.startswith("gfx") else {})
+    with pytest.raises(ValueError, match="matrix_size is 8; it must be 16 or 32, or 0"):
+        kernels.forward(MatmulSpec("float16", "float16"), MatmulConfig(64, 64, 64, matrix_size=8), a, a, None, None)
 
 
 def test_a_transposed_view_of_an_unaligned_array_is_unaligned():

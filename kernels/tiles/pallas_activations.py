@@ -31,8 +31,8 @@ def derivative(name: str, x: jax.Array) -> jax.Array:
     if name == "gelu":
         return _normal_cdf(x) + x * jnp.exp(-0.5 * x * x) * (1 / sqrt(2 * pi))
     if name == "gelu_tanh":
-        cdf = _tanh_cdf(x)
-        return cdf + x * cdf * (1 - cdf) * (_TANH_SCALE * (1 + 3 * _TANH_CUBIC * (x * x)))
+        cdf, rest = _tanh_cdf(x), _tanh_cdf(-x)  # 1 - cdf would cancel for positive x
+        return cdf + x * cdf * rest * (_TANH_SCALE * (1 + 3 * _TANH_CUBIC * (x * x)))
     sigmoid = jax.nn.sigmoid(x)
     return sigmoid * (1 + x * (1 - sigmoid))
 

@@ -37,7 +37,7 @@ def derivative(x, NAME: tl.constexpr):
     elif NAME == "gelu_tanh":
         cdf = _tanh_cdf(x)
         slope = (1 + 3 * (x * x * TANH_CUBIC)) * TANH_SCALE
-        y = cdf + x * cdf * (1 - cdf) * slope
+        y = cdf + x * cdf * _tanh_cdf(-x) * slope  # 1 - cdf would cancel for positive x
     else:
         tl.static_assert(NAME == "silu", "unknown activation")
         sigmoid = tl.sigmoid(x)

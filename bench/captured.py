@@ -31,14 +31,12 @@ class Captured:
     Attributes:
         call: counts the launches, so that choices of one share it.
         launch, arrays: the launch, and the arrays by the names of its parameters.
-        options: what else the launcher asks of the compiler, such as a number of registers.
         integers: the elements of the arrays of integers, which may steer loops.
     """
 
     call: int
     launch: Launch
     arrays: Mapping[str, Array]
-    options: Mapping[str, Any]
     integers: Mapping[str, np.ndarray]
 
 
@@ -122,9 +120,9 @@ def _keep(
             numbers[parameter.name] = value
     warps = given.get("num_warps") or 4
     stages = given.get("num_stages") or _DEFAULT_STAGES[target.platform]
-    launch = Launch(kernel, places, tuple(inputs), (), numbers, constants, warps, stages)
     options = {name: value for name, value in given.items() if name not in {*names, *_HOW}}
-    found.append(Captured(call, launch, arrays, options, integers))
+    launch = Launch(kernel, places, tuple(inputs), (), numbers, constants, warps, stages, options=options)
+    found.append(Captured(call, launch, arrays, integers))
 
 
 def _is_array(value: Any) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from crosstile.kernels.tiles.launch import Array, Launch, Plan
@@ -65,10 +64,8 @@ def compile_plan(plan: Plan, target_name: str) -> tuple[KernelFacts, ...]:
     return tuple(programs.values())
 
 
-def compiled_launch(
-    launch: Launch, arrays: dict[str, Array], target: Target, options: Mapping[str, Any] | None = None
-) -> Any:
-    """What Triton makes of a launch: `asm` and `metadata`; `options` are more of the compiler's."""
+def compiled_launch(launch: Launch, arrays: dict[str, Array], target: Target) -> Any:
+    """What Triton makes of a launch: `asm` and `metadata`."""
     import triton
     from triton.compiler import ASTSource
 
@@ -76,7 +73,7 @@ def compiled_launch(
     return triton.compile(
         ASTSource(launch.kernel, signature, constants, attributes),
         target=gpu_target(target),
-        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options, **(options or {})},
+        options={"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options},
     )
 
 

@@ -71,7 +71,7 @@ def rows(target: str, contest: Contest, folder: Path) -> Iterator[Row]:
 def _peer(target: str, contest: Contest, item: Captured) -> Row:
     name, tiles = item.launch.kernel.__name__.strip("_"), tiles_in_words(item.launch)
     try:
-        program = program_of(item.launch, item.arrays, get_target(target), item.integers, item.options)
+        program = program_of(item.launch, item.arrays, get_target(target), item.integers)
         size = memory_bytes(item) * (2 if contest.in_place else 1)
         program = replace(program, name=name, tiles=tiles, memory_bytes=size)
         issue = predict_program(program, GPUS[target])

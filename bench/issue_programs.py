@@ -46,11 +46,9 @@ def program_of(
     arrays: Mapping[str, Array],
     target: Target,
     steering: Mapping[str, np.ndarray] | None = None,
-    options: Mapping[str, Any] | None = None,
 ) -> Program:
-    """One launch, compiled; `steering` has the values of integer arrays that its loops depend on, `options` are more
-    of the compiler's."""
-    compiled = compiled_launch(launch, dict(arrays), target, options)
+    """One launch, compiled; `steering` has the values of integer arrays that its loops depend on."""
+    compiled = compiled_launch(launch, dict(arrays), target)
     facts = read_compiled(compiled, target)
     named = {name for name in (*launch.inputs, *launch.outputs) if name}
     return Program(

@@ -20,7 +20,7 @@ class AttentionTiles:
 
     Attributes:
         descriptors: 1: the chip's copy engine (TMA) loads the tiles of the sequence walked, where strides allow it.
-        longest_first: 1: under a causal mask the longest tiles of all heads begin; 0: those of one head after another.
+        longest_first: 1: under a causal mask the longest tiles of all heads begin; 0: head follows head.
     """
 
     block_q: int

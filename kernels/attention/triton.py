@@ -326,8 +326,7 @@ def forward(spec: AttentionSpec, config: AttentionConfig, *inputs: Array | None)
         "NEGATE": spec.score is None and spec.softmax_scale < 0,
         "DESCRIPTORS": by_descriptors(tiles, given.k, given.v),
     }
-    read = given.k.shape[1] * given.k.shape[2] * (spec.head_dim + spec.v_dim) / max(1, q_heads)
-    grid = programs(spec, tiles, q_len, tiles.block_q, q_heads, given, read)
+    grid = programs(spec, tiles, given, by_keys=False)
     constants["LONGEST"] = len(grid) == 3
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     reads = names_of(arrays, *(name for name in INPUTS if name not in ("dkv_runs", "dq_runs")))

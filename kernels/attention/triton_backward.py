@@ -42,7 +42,7 @@ def backward(
     dout, dlse = gradients
     q, k, v = given[:3]
     batch, q_size, q_heads, _ = q.shape
-    _, kv_size, kv_heads, _ = k.shape
+    kv_heads = k.shape[2]
     arrays = {**arrays_of(given), "out": out, "lse": lse, "dout": dout}
     if dlse is not None:
         arrays["dlse"] = dlse
@@ -68,17 +68,15 @@ def backward(
     }
     options = {**score_constants(spec, given), "SLOPE": slope_of(spec)}
     tiles = checked(config.dkv, "dkv")
-    width = spec.head_dim + spec.v_dim
-    grid = programs(spec, tiles, kv_size, tiles.block_kv, kv_heads, given, q_size * q_heads * width / max(1, kv_heads))
+    grid = programs(spec, tiles, given, by_keys=True)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dk"], results["dv"])}
     constants |= {"RUNS": given.dkv_runs is not None, "DESCRIPTORS": by_descriptors(tiles, q, k, v, dout)}
-    constants["LONGEST"] = len(grid) == 3
     of_order = {"kv_heads": kv_heads, "together": grid[0] if len(grid) == 3 else None}
     how = tiles.num_warps, tiles.num_stages, spec.dtype, by_addresses(constants)
     dkv = Launch(dkv_kernel, (prod(grid),), reads("dkv_runs"), ("dk", "dv"), {**numbers, **of_order}, constants, *how)
 
     tiles = checked(config.dq, "dq")
-    grid = programs(spec, tiles, q_size, tiles.block_q, q_heads, given, kv_size * kv_heads * width / max(1, q_heads))
+    grid = programs(spec, tiles, given, by_keys=False)
     constants = {**options, **size_constants(spec, tiles, given, dout, results["dq"])}
     constants |= {"RUNS": given.dq_runs is not None, "DESCRIPTORS": by_descriptors(tiles, k, v)}
     constants |= {"EXACT": exact, "LONGEST": len(grid) == 3}

@@ -125,29 +125,26 @@ def wide(rows: int, *arrays: Array) -> bool:
     return needs_wide_offsets((rows, padded(array.shape[3]), array.strides[1], array.strides[3]) for array in arrays)
 
 
-def programs(
-    spec: AttentionSpec,
-    tiles: AttentionTiles,
-    size: int,
-    block: int,
-    heads: int,
-    inputs: AttentionInputs,
-    read: float,
-) -> tuple[int, ...]:
-    """The grid of a kernel whose programs own `block` rows of a head each, of `size` that a batch item has.
+def programs(spec: AttentionSpec, tiles: AttentionTiles, inputs: AttentionInputs, by_keys: bool) -> tuple[int, ...]:
+    """The grid of a kernel whose programs own a tile of keys each, or of queries.
 
     Packed sequences each begin a tile of their own, and so does what lies past the last: a tile more for each.
 
     Under a causal mask work grows towards one end of a sequence, and a program that begins late and takes long leaves
     the others idle. The grid then has three axes, (heads together, tiles, more heads), and chips go along the first
     before the second: one tile of all heads, then the next. Together are as many heads as find in the L2 cache what
-    they read, `read` numbers each.
+    they read of the other sequence.
     """
-    count, pairs = triton.cdiv(size, block), heads * inputs.q.shape[0]
+    (batch, q_size, q_heads, _), (_, kv_size, kv_heads, _) = inputs.q.shape, inputs.k.shape
+    size, block, heads, read = q_size, tiles.block_q, q_heads, kv_size * kv_heads
+    if by_keys:
+        size, block, heads, read = kv_size, tiles.block_kv, kv_heads, q_size * q_heads
+    count, pairs = triton.cdiv(size, block), heads * batch
     if inputs.cu_seqlens_q is not None:
         count += inputs.cu_seqlens_q.shape[0]
     if tiles.longest_first and spec.right is not None and spec.left is None and pairs:
-        most = min(pairs, max(1, int(_SHARED // max(1, read))))
+        numbers = max(1, read * (spec.head_dim + spec.v_dim) // heads)
+        most = min(pairs, max(1, _SHARED // numbers))
         together = next(divisor for divisor in range(most, 0, -1) if pairs % divisor == 0)
         if max(count, pairs // together) <= _MOST_PROGRAMS:
             return (together, count, pairs // together)

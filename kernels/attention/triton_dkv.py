@@ -134,7 +134,7 @@ def dkv_kernel(
     plane4_batch, plane4_head, plane4_row, plane4_column, plane5_batch, plane5_head, plane5_row, plane5_column,
     scale, score_scale, log2_scale, kept_share, q_size, kv_size, kv_heads, sequences, together,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    LONGEST: tl.constexpr, Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
+    Q_LENGTHS: tl.constexpr, KV_LENGTHS: tl.constexpr, PACKED: tl.constexpr,
     RUNS: tl.constexpr, SCORE: tl.constexpr, MASK: tl.constexpr, SLOPE: tl.constexpr, SLOTS: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_KV: tl.constexpr, WIDE: tl.constexpr, WIDE_PLANES: tl.constexpr,
@@ -147,7 +147,7 @@ def dkv_kernel(
         (plane2_batch, plane2_head, plane2_row, plane2_column), (plane3_batch, plane3_head, plane3_row, plane3_column),
         (plane4_batch, plane4_head, plane4_row, plane4_column), (plane5_batch, plane5_head, plane5_row, plane5_column),
     )  # fmt: skip
-    tile, kv_head, batch = tile_head_batch(kv_size, kv_heads, sequences, together, BLOCK_KV, PACKED, LONGEST)
+    tile, kv_head, batch = tile_head_batch(kv_size, kv_heads, sequences, together, BLOCK_KV, PACKED)
     tile, item, q_first, q_len, kv_first, kv_len = sequence_of(
         tile, batch, q_lengths, kv_lengths, cu_seqlens_q, cu_seqlens_k, sequences, q_size, kv_size,
         True, Q_LENGTHS, KV_LENGTHS, PACKED, BLOCK_KV,

@@ -9,16 +9,16 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_head_batch(size, heads, sequences, together, BLOCK: tl.constexpr, PACKED: tl.constexpr, LONGEST: tl.constexpr):
+def tile_head_batch(size, heads, sequences, together, BLOCK: tl.constexpr, PACKED: tl.constexpr):
     """This program's tile of the sequence, its head and its batch item.
 
-    Tiles of a head follow each other, which then share it in cache; with LONGEST one tile of `together` heads does,
-    before the next (`triton_common.programs`).
+    Tiles of a head follow each other, which then share it in cache; where `together` is given, one tile of so many
+    heads comes before the next (`triton_common.programs`).
     """
     tiles = tl.cdiv(size, BLOCK)
     if PACKED:
         tiles += sequences + 1
-    if LONGEST:
+    if together is not None:
         within = tl.program_id(0) % (tiles * together)
         tile = within // together
         pair = tl.program_id(0) // (tiles * together) * together + within % together
@@ -39,7 +39,7 @@ def tile_head_batch_of_axes(size, heads, sequences, BLOCK: tl.constexpr, PACKED:
         tile = tl.num_programs(1) - 1 - tl.program_id(1)
         head, batch = pair % heads, pair // heads
     else:
-        tile, head, batch = tile_head_batch(size, heads, sequences, None, BLOCK, PACKED, False)
+        tile, head, batch = tile_head_batch(size, heads, sequences, None, BLOCK, PACKED)
     return tile, head, batch
 
 

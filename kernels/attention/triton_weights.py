@@ -26,7 +26,7 @@ def _prepare_kernel(
 
     A query that saw no key gets lse +inf, so that its weights `exp2(score - lse)` are 0 and not NaN.
     """
-    tile, head, batch = tile_head_batch(q_size, q_heads, 0, None, BLOCK_Q, False, False)
+    tile, head, batch = tile_head_batch(q_size, q_heads, 0, None, BLOCK_Q, False)
     first_row = tile * BLOCK_Q
     exist = rows_exist(first_row, q_size, BLOCK_Q)
     q_len = length_of(q_lengths, batch, q_size, Q_LENGTHS)

@@ -9,7 +9,6 @@ import triton
 from ..tiles.launch import Array, Launch, contiguous
 from ..tiles.triton_epilogue import constants_of, numbers_of, operands_of
 from ..tiles.triton_products import has_descriptor, has_runs, shrink, strides, turned, wide
-from ..tiles.triton_tiles import copies_apart
 from .tiles import MatmulConfig, of_rows, parts_of_sums, shrunk
 from .triton_product import add_parts, matmul
 
@@ -66,8 +65,8 @@ class Product:
         # Each element has an address of its own: those of a large step do not fit the registers, nor does a large tile
         # fit the shared memory on its way to the store; more warps have more registers.
         block_m, block_n = min(block_m, 128), min(block_n, 64 if self.a[1].dtype == "float32" else 128)
-        num_warps = 8 if block_m * block_n == 128 * 128 else config.num_warps
-        return replace(config, block_m=block_m, block_n=block_n, block_k=16, num_warps=max(config.num_warps, num_warps))
+        num_warps = max(config.num_warps, 8 if block_m * block_n == 128 * 128 else 0)
+        return replace(config, block_m=block_m, block_n=block_n, block_k=16, num_warps=num_warps)
 
     def _multiply(self, config: MatmulConfig, first: int, tiles: int, parts: int, outputs: tuple[str, ...]) -> Launch:
         """The launch of `tiles` tiles from the first on: whole, or each as so many parts of its sum."""
@@ -80,7 +79,8 @@ class Product:
         size = ITEM_BYTES[a.dtype]
         by_descriptors = bool(config.descriptors) and has_descriptor(a, size) and has_descriptor(b, size)
         specialize = bool(config.specialize) and by_descriptors
-        described = by_descriptors and whole and copies_apart(2 * n)  # outputs have two bytes a number or four
+        result = contiguous((1, m, n), "")  # of two bytes a number, or four
+        described = by_descriptors and whole and has_descriptor(result, 2)
         return Launch(
             matmul,
             (config.processors if persistent else items,),

@@ -30,7 +30,7 @@ def test_launches_are_kept_and_not_run() -> None:
         tuned[lambda meta: (64 // meta["BLOCK"],)](a, a, a, 64)
 
     first, *choices = capture(run, "sm_90")
-    assert (first.options, first.integers) == ({}, {})
+    assert (first.launch.options, first.integers) == ({}, {})
     assert (first.launch.grid, first.launch.constants, first.launch.numbers) == ((1,), {"BLOCK": 64}, {"stride": 64})
     assert memory_bytes(first) == 3 * 64 * 64 * 2
     assert [(item.call, item.launch.grid, item.launch.num_warps) for item in choices] == [(2, (2,), 2), (2, (1,), 2)]
@@ -51,5 +51,5 @@ def test_a_tuner_prunes_and_its_options_reach_the_compiler() -> None:
     tuned = triton.autotune(configs, key=[], prune_configs_by={"early_config_prune": few})(product)
     (kept,) = capture(lambda: tuned[(1,)](a, a, where, 64), "sm_90")
     assert kept.launch.constants == {"BLOCK": 64}
-    assert kept.options == {"waves_per_eu": 2, "maxnreg": 64}
+    assert kept.launch.options == {"waves_per_eu": 2, "maxnreg": 64}
     assert {name: list(values) for name, values in kept.integers.items()} == {kept.launch.inputs[2]: [0, 1, 2]}

@@ -416,24 +416,22 @@ def _order_kernel(out, size, heads, sequences, together, PACKED: tl.constexpr, A
     if AXES:
         tile, head, batch = tile_head_batch_of_axes(size, heads, sequences, 16, PACKED, True)
     else:
-        tile, head, batch = tile_head_batch(size, heads, sequences, together, 16, PACKED, True)
+        tile, head, batch = tile_head_batch(size, heads, sequences, together, 16, PACKED)
     out += ((tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)) * 3
     tl.store(out, tile)
     tl.store(out + 1, head)
     tl.store(out + 2, batch)
 
 
-@pytest.mark.parametrize(("read", "together"), [(1, 6), (2**21, 3), (2**22, 2), (2**23, 1), (2**30, 1)])
+@pytest.mark.parametrize(("others", "together"), [(1, 6), (2**16, 3), (2**17, 2), (2**18, 1), (2**25, 1)])
 @pytest.mark.parametrize("axes", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(read, together, axes, packed):
+def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(others, together, axes, packed):
     heads, batch, sequences = 3, 2, 4
     spec = AttentionSpec(dtype="float32", head_dim=16, v_dim=16, causal=True)
     ends = describe(np.zeros(sequences + 1, np.int32)) if packed else None
-    given = AttentionInputs(*[None] * len(INPUTS))._replace(
-        q=contiguous((batch, 77, heads, 16), "float32"), cu_seqlens_q=ends
-    )
-    grid = programs(spec, AttentionTiles(16, 16), 77, 16, heads, given, read)
+    grid = programs(spec, AttentionTiles(16, 16), of_lengths(77, others, ends), by_keys=False)
+    assert programs(spec, AttentionTiles(16, 16), of_lengths(others, 77, ends), by_keys=True) == grid
     tiles = 5 + packed * (sequences + 1)
     assert grid == (together, tiles, heads * batch // together)
     numbers = {"size": 77, "heads": heads, "sequences": sequences, "together": together}
@@ -450,13 +448,18 @@ def test_the_longest_tiles_come_first_of_the_heads_that_share_the_cache(read, to
     ]
 
 
+def of_lengths(q_len: int, kv_len: int, cu_seqlens: Array | None = None) -> AttentionInputs:
+    q, k = (contiguous((2, length, 3, 16), "float32") for length in (q_len, kv_len))
+    return AttentionInputs(*[None] * len(INPUTS))._replace(q=q, k=k, cu_seqlens_q=cu_seqlens)
+
+
 def test_programs_without_a_longest_tile_follow_each_other_by_heads():
-    given = AttentionInputs(*[None] * len(INPUTS))._replace(q=contiguous((2, 77, 3, 16), "float32"))
+    given = of_lengths(77, 77)
     tiles, causal = AttentionTiles(16, 16), AttentionSpec(dtype="float32", head_dim=16, v_dim=16, causal=True)
-    assert programs(replace(causal, causal=False), tiles, 77, 16, 3, given, 1) == (30,)
-    assert programs(replace(causal, window_left=5), tiles, 77, 16, 3, given, 1) == (30,)
-    assert programs(causal, replace(tiles, longest_first=0), 77, 16, 3, given, 1) == (30,)
-    assert programs(causal, tiles, 16 * 65536, 16, 3, given, 1) == (6 * 65536,)  # more than an axis can have
+    assert programs(replace(causal, causal=False), tiles, given, False) == (30,)
+    assert programs(replace(causal, window_left=5), tiles, given, False) == (30,)
+    assert programs(causal, replace(tiles, longest_first=0), given, False) == (30,)
+    assert programs(causal, tiles, of_lengths(16 * 65536, 77), False) == (6 * 65536,)  # more than an axis can have
 
 
 # What is compiled
